@@ -1,0 +1,20 @@
+"""firstwords: a GPT-2 style chatbot from random weights, on the Hugging Face Trainer.
+
+The package in floors; a module imports only from lower ones, and modules of a floor do not know one
+another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 to 2 need no torch.
+
+    0  schema       CONTRACT: the conversation row
+    0  tokenstore   CONTRACT: the token store of stage A
+    1  pydocs       the embedded corpus: the documentation of the installed Python
+    1  tokenizer    GPT-2's BPE, own BPE, characters; control tokens
+    1  sources      rows of any known shape -> conversations; texts -> documents
+    1  packing      lengths -> fixed rows
+    2  template     CONTRACT: conversation -> ids and mask
+    3  model        configuration -> GPT2LMHeadModel, and its loss
+    4  dataset      prepared data -> rows of tensors
+    4  checkpoint   CONTRACT: the checkpoint folder and the run folder
+    4  generate     prompt ids -> reply ids
+    5  session      ChatSession: text in, text out
+    6  score        model and data -> numbers
+    7  trainer      the Trainer subclass and its callbacks
+"""

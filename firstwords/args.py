@@ -1,0 +1,248 @@
+"""Flags, recipes and errors: the command line of every script.
+
+    flags, extra = parse_train_args(["--recipe", "configs/recipes/chat.yaml", "--lr", "1e-3"])
+
+Flag beats recipe beats default. Dashes and underscores are alike; an unknown flag or key is an error with
+a suggestion. Imports no other room but `errors`, and torch only when a field of `TrainingArguments` is named.
+"""
+
+import argparse
+import sys
+import traceback
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from firstwords.errors import BadFlag, FirstwordsError, IOFailed, MissingInput, suggest
+
+# What `TrainingArguments` calls a thing for which the command line has a word of its own.
+OUR_WORDS = {
+    "output_dir": "model_dir",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "gradient_accumulation_steps": "grad_accum",
+    "learning_rate": "lr",
+    "logging_steps": "log_steps",
+    "num_train_epochs": "epochs",
+    "use_cpu": "device",
+    "resume_from_checkpoint": "resume",
+    "train_sampling_strategy": "seed",
+    "logging_nan_inf_filter": "debug",
+    "auto_find_batch_size": "batch_size",
+    "save_strategy": "save_steps",
+    "eval_strategy": "eval_steps",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser for which `--out-dir` is `--out_dir`, and whose errors are one line."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Parse, with dashes inside flag names turned into underscores."""
+        args = sys.argv[1:] if args is None else args
+        return super().parse_known_args([_underscore(word) for word in args], namespace)
+
+    def parse_args(self, args=None, namespace=None):
+        """Parse; an unknown flag raises `BadFlag` with a suggestion."""
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise BadFlag(f"{unknown[0]}: unknown flag; {suggest(unknown[0], self.flag_names())}")
+        return values
+
+    def flag_names(self) -> list[str]:
+        """Return all flags, with their dashes in front."""
+        return [name for action in self._actions for name in action.option_strings]
+
+    def error(self, message: str):
+        """Raise what argparse found wrong as `BadFlag`."""
+        raise BadFlag(f"{message.removeprefix('argument ')}; see --help")
+
+
+def _underscore(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value
+
+
+def build_parser(description: str) -> Parser:
+    """Return a parser with `--debug`; `description` is the script's docstring, shown as it stands."""
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def run_main(main, argv: list[str] | None = None) -> None:
+    """Run a script's `main` and end the process with the exit code of DESIGN.
+
+    An error is one line on stderr; the traceback shows only with `--debug`.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        main(argv)
+    except FirstwordsError as error:
+        code, text = error.exit_code, str(error)
+    except KeyboardInterrupt:
+        code, text = 130, "stopped by Ctrl-C"
+    except BrokenPipeError:
+        code, text = 0, ""
+        sys.stdout = None
+    except OSError as error:
+        code, text = IOFailed.exit_code, f"{error.filename or 'system'}: {error.strerror or error}"
+    else:
+        sys.exit(0)
+    if "--debug" in argv:
+        traceback.print_exc()
+    if text:
+        print(f"error: {text}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _flag(default, help: str, **options):
+    return field(default=default, metadata={"help": help, **options})
+
+
+@dataclass
+class TrainFlags:
+    """The flags of train.py that are our own; any field of `TrainingArguments` may stand beside them."""
+
+    data_dir: Path = _flag(None, "folder that a prep script wrote")
+    model_dir: Path = _flag(None, "the run: checkpoints, TensorBoard, train.log, at its end the model")
+    init_model_dir: str = _flag(None, "weights to start from: a run, a checkpoint-<step>, hub:<id>")
+    cfg: Path = _flag(None, "GPT2Config as JSON, or a name in configs/models; random weights")
+    recipe: Path = _flag(None, "flat YAML of flags; flags on the command line beat it")
+    seq_len: int = _flag(1024, "tokens in a row, at most n_positions")
+    batch_size: int = _flag(8, "rows in a micro-batch")
+    grad_accum: int = _flag(1, "micro-batches in an optimizer step")
+    lr: float = _flag(6e-4, "highest learning rate")
+    warmup_steps: float = _flag(0.02, "optimizer steps of warm-up; below 1 a share of --max_steps")
+    max_steps: int = _flag(None, "optimizer steps in all")
+    epochs: float = _flag(None, "passes over the data, instead of --max_steps")
+    weight_decay: float = _flag(0.1, "on matrices and embeddings; never on norms and biases")
+    bf16: bool = _flag(False, "compute in bfloat16 (an error where the device cannot)")
+    log_steps: int = _flag(20, "optimizer steps between lines in train.log")
+    save_steps: int = _flag(500, "optimizer steps between checkpoints")
+    eval_steps: int = _flag(None, "optimizer steps between evaluations; default --save_steps, 0 never")
+    save_total_limit: int = _flag(2, "checkpoints that are kept, at least 1")
+    assistant_only_loss: bool = _flag(True, "learn assistant turns alone; --no_... learns every token")
+    overlong: str = _flag("drop", "conversations longer than --seq_len", choices=["drop", "truncate"])
+    optim: str = _flag("adamw_torch_fused", "adamw_torch_fused, adamw_bnb_8bit, or any of Trainer's")
+    lr_scheduler_type: str = _flag("cosine", "cosine, warmup_stable_decay, or any of Trainer's")
+    decay_steps: float = _flag(0.2, "of warmup_stable_decay: steps of decay; below 1 a share")
+    min_lr_ratio: float = _flag(0.0, "where the schedule ends, as a share of --lr")
+    tokenizer: str = _flag(None, "for bins without corpus.json: the tokenizer that made them")
+    device: str = _flag("auto", "where to train", choices=["auto", "cpu", "cuda", "mps"])
+    seed: int = _flag(0, "of weights, data order and dropout")
+    resume: str = _flag("auto", "auto: go on with a used --model_dir; no: refuse one", choices=["auto", "no"])
+    allow_change: str = _flag("", "flags that may differ from the run gone on with, comma between")
+    sample_prompts: Path = _flag(None, "text file, a prompt a line, answered at each evaluation")
+    debug: bool = _flag(False, "show the traceback of an error")
+
+
+def build_train_parser(description: str) -> Parser:
+    """Return train.py's parser; every default is left out, so that what was said can be told apart."""
+    parser = Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        epilog="Any field of transformers.TrainingArguments is a flag and a recipe key too.",
+    )
+    for spec in fields(TrainFlags):
+        options = dict(spec.metadata)
+        default = "" if spec.default in (None, "") else f" (default {spec.default})"
+        options["help"] += default.replace("%", "%%")
+        if spec.type is bool:
+            names = [f"--{spec.name}", f"--no_{spec.name}"]
+            parser.add_argument(
+                names[0],
+                action="store_true",
+                dest=spec.name,
+                default=argparse.SUPPRESS,
+                help=options["help"],
+            )
+            parser.add_argument(
+                names[1],
+                action="store_false",
+                dest=spec.name,
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
+        else:
+            parser.add_argument(f"--{spec.name}", type=spec.type, default=argparse.SUPPRESS, **options)
+    return parser
+
+
+def parse_train_args(argv: list[str], description: str = "") -> tuple[TrainFlags, dict]:
+    """Parse recipe and flags.
+
+    Returns:
+        our flags, and the fields of `TrainingArguments` that were named beside them.
+
+    Raises:
+        BadFlag: for an unknown flag or key, or a value of the wrong type.
+        MissingInput: when the recipe is not there.
+    """
+    parser = build_train_parser(description)
+    recipe = getattr(parser.parse_known_args(argv)[0], "recipe", None)
+    words = [*(_recipe_words(recipe, parser) if recipe else []), *argv]
+    values, extra = parser.parse_known_args(words)
+    return TrainFlags(**vars(values)), _parse_trainer_fields(extra, parser) if extra else {}
+
+
+def _recipe_words(path: Path, parser: Parser) -> list[str]:
+    import yaml
+
+    if not path.is_file():
+        near = suggest(path.name, [p.name for p in path.parent.glob("*.yaml")])
+        raise MissingInput(f"--recipe {path}: is not there; {near}")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadFlag(f"--recipe {path}: broken YAML ({str(error).splitlines()[0]}); mend it") from None
+    if not isinstance(recipe, dict):
+        raise BadFlag(f"--recipe {path}: must be `key: value` lines; see configs/recipes")
+    words = []
+    for key, value in recipe.items():
+        words += _recipe_word(str(key).replace("-", "_"), value, path, parser)
+    return words
+
+
+def _recipe_word(key: str, value, path: Path, parser: Parser) -> list[str]:
+    if f"--{key}" not in parser.flag_names() and key not in _trainer_field_names():
+        known = [name.removeprefix("--") for name in parser.flag_names()]
+        raise BadFlag(f"--recipe {path}: unknown key {key!r}; {suggest(key, known)}")
+    if isinstance(value, list | dict):
+        raise BadFlag(f"--recipe {path}: {key} is {value!r}; recipes are flat, give one value")
+    takes_no_value = any(
+        f"--{key}" in action.option_strings and action.nargs == 0 for action in parser._actions
+    )
+    if takes_no_value:
+        opposite = f"--{key.removeprefix('no_')}" if key.startswith("no_") else f"--no_{key}"
+        return [f"--{key}" if value else opposite]
+    return [f"--{key}={value}"]
+
+
+def _trainer_field_names() -> list[str]:
+    from transformers import TrainingArguments
+
+    return [spec.name for spec in fields(TrainingArguments)]
+
+
+def _parse_trainer_fields(words: list[str], ours: Parser) -> dict:
+    from transformers import HfArgumentParser, TrainingArguments
+
+    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False, add_help=False)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    parser.error = ours.error
+    values, unknown = parser.parse_known_args(words)
+    if unknown:
+        known = ours.flag_names() + [f"--{name}" for name in _trainer_field_names()]
+        raise BadFlag(f"{unknown[0]}: unknown flag; {suggest(unknown[0].split('=')[0], known)}")
+    for name in vars(values):
+        if name in OUR_WORDS:
+            raise BadFlag(f"--{name}: is ours to set; use --{OUR_WORDS[name]}")
+    return vars(values)

@@ -1,0 +1,160 @@
+"""Folders that are complete or not there: stage, sync, rename.
+
+    with stage_folder(Path("data/chat")) as staging:
+        (staging / "train.jsonl").write_text(...)
+    # only now does data/chat exist, with every file in it on disk
+
+Invariant: at every instant, kill -9 and power loss included, the named folder is the old one, the whole
+new one, or absent. What a killed process left behind is a `.staging-*` beside it, swept by the next one.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from firstwords.errors import CannotCreate, IOFailed
+
+STAGING, TRASH = ".staging-", ".trash-"
+
+
+@contextmanager
+def stage_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Give a folder to write into, and make it `target` when the block ends well.
+
+    Args:
+        target: the folder to be; its parents are made.
+        overwrite: replace an existing `target`, which stays until the new one is whole.
+
+    Raises:
+        CannotCreate: when `target` is there and may not be replaced, or nothing can be made beside it.
+        IOFailed: when writing fails (disk full, folder read-only); the staging folder is gone then.
+    """
+    if target.exists() and not overwrite and any(target.iterdir()):
+        raise CannotCreate(f"{target}: is there already; name another folder or remove it")
+    staging = target.parent / f"{STAGING}{os.getpid()}-{target.name}"
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise CannotCreate(f"{target}: cannot be made ({error.strerror}); name another") from None
+    try:
+        yield staging
+        sync_folder(staging)
+        replace_folder(staging, target)
+    except OSError as error:
+        raise IOFailed(f"{target}: writing failed ({error.strerror or error}); free some space") from None
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Write all files below `folder` and the folders themselves through to the disk."""
+    for path in [*folder.rglob("*"), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def replace_folder(staging: Path, target: Path) -> None:
+    """Rename `staging` to `target`; a folder that stood there is renamed away first, then deleted."""
+    if target.exists():
+        remove_folder(target, only_rename=staging)
+    else:
+        staging.rename(target)
+    _sync_entry(target.parent)
+
+
+def remove_folder(folder: Path, *, only_rename: Path | None = None) -> None:
+    """Delete a folder so that a kill in between leaves it whole or in the trash, never in part.
+
+    Args:
+        folder: what goes.
+        only_rename: a folder that takes its place as soon as it is out of the way.
+    """
+    trash = folder.parent / f"{TRASH}{os.getpid()}-{folder.name}"
+    folder.rename(trash)
+    if only_rename is not None:
+        only_rename.rename(folder)
+    shutil.rmtree(trash)
+
+
+def sweep_leftovers(folder: Path) -> list[str]:
+    """Delete what killed processes left in `folder`: staging and trash of processes no longer alive.
+
+    Returns:
+        the names that went.
+    """
+    swept = []
+    for path in sorted(folder.glob(".*-*")):
+        prefix = next((p for p in (STAGING, TRASH) if path.name.startswith(p)), None)
+        if prefix and not _is_alive(path.name.removeprefix(prefix).split("-")[0]):
+            shutil.rmtree(path, ignore_errors=True)
+            swept.append(path.name)
+    return swept
+
+
+def _is_alive(pid: str) -> bool:
+    return pid.isdigit() and int(pid) != os.getpid() and Path(f"/proc/{pid}").exists()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one small file so that it is the old one or the new one, on disk when this returns."""
+    staging = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
+    with open(staging, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    staging.rename(path)
+    _sync_entry(path.parent)
+
+
+def format_json(value) -> str:
+    """Return `value` as JSON for people: indented, keys in the order given, newline at the end."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def hash_file(path: Path) -> str:
+    """Return the sha256 of a file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold `folder/.lock` for the block; the kernel frees it when the process dies, however it dies.
+
+    Raises:
+        CannotCreate: naming the process that holds it, or why the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115 - held open for the whole block
+    except OSError as error:
+        raise CannotCreate(f"{folder}: cannot be written ({error.strerror}); name another") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CannotCreate(
+                f"{folder}: process {file.read().strip() or '?'} is writing here; "
+                "wait for it or name another folder"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _sync_entry(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,299 @@
+"""CONTRACT: the checkpoint folder and the run folder.
+
+    runs/chat/checkpoint-400/   model, tokenizer, optimizer, scheduler, rng, trainer state, manifest.json
+    runs/chat/                  the finished model, manifest.json, COMPLETE, train.log, runs/ (TensorBoard)
+
+A checkpoint is complete or it is not there: written to a staging folder, hashed, synced, renamed. A run is
+finished when `COMPLETE` stands in it. Invariant: whatever this module returns as good has every file that
+its manifest names, byte for byte.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import GPT2Config
+
+from firstwords import atomic
+from firstwords.errors import Damaged, IOFailed, Mismatch, MissingInput, suggest
+from firstwords.model import CONFIG_KEYS, GPT2LMHeadModel
+
+MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
+
+# Of a checkpoint, what only its own run needs to go on.
+STATE_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json")
+_SPECIAL_IDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type")
+
+
+def write_manifest(folder: Path, meta: dict) -> None:
+    """Write `manifest.json`: size and sha256 of every file in the folder, and `meta`.
+
+    Args:
+        folder: a staging folder with all its files in place.
+        meta: no clock time in it; two runs of the same flags write the same bytes.
+    """
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": atomic.hash_file(path)}
+        for path in sorted(folder.iterdir())
+        if path.is_file() and path.name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(atomic.format_json({**meta, "files": files}), encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict:
+    """Return the manifest, or `{}` of a plain Hugging Face folder that has none.
+
+    Raises:
+        Damaged: when it is there and broken.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        return {}
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest["files"].items()
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged(f"{path}: is broken; go back to another checkpoint") from None
+    return manifest
+
+
+def read_step(folder: Path | None) -> int:
+    """Return the optimizer step of a checkpoint, 0 of None."""
+    return read_manifest(folder)["step"] if folder else 0
+
+
+def verify(folder: Path) -> None:
+    """Check every file against the manifest.
+
+    Raises:
+        Damaged: naming the first file that is missing, of another size, or of other bytes.
+    """
+    manifest = read_manifest(folder)
+    if not manifest:
+        raise Damaged(f"{folder}: has no {MANIFEST}; it was not written to its end")
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise Damaged(f"{path}: is missing; go back to another checkpoint")
+        if path.stat().st_size != expected["bytes"] or atomic.hash_file(path) != expected["sha256"]:
+            raise Damaged(f"{path}: is not the file that was written; go back to another checkpoint")
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the `checkpoint-<step>` folders that have a manifest, the newest step first."""
+    steps = {}
+    for path in run_dir.glob("checkpoint-*"):
+        step = path.name.removeprefix("checkpoint-")
+        if step.isdigit() and not path.is_symlink() and (path / MANIFEST).is_file():
+            steps[int(step)] = path
+    return [steps[step] for step in sorted(steps, reverse=True)]
+
+
+def find_resumable(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that verifies, and why newer ones were passed over.
+
+    Raises:
+        Damaged: when there are checkpoints and none verifies.
+    """
+    passed_over = []
+    for folder in list_checkpoints(run_dir):
+        try:
+            verify(folder)
+        except Damaged as error:
+            passed_over.append(str(error))
+        else:
+            return folder, passed_over
+    if passed_over:
+        raise Damaged(f"{run_dir}: no checkpoint is whole ({passed_over[0]}); start in a new folder")
+    return None, []
+
+
+def set_aside(run_dir: Path, step: int) -> list[Path]:
+    """Rename checkpoints beyond `step` (passed over as damaged) to `*.corrupt`; nothing is deleted."""
+    moved = []
+    for folder in list_checkpoints(run_dir):
+        if int(folder.name.removeprefix("checkpoint-")) > step:
+            number = len(list(run_dir.glob(f"{folder.name}.corrupt*")))
+            aside = folder.with_name(f"{folder.name}.corrupt{number or ''}")
+            folder.rename(aside)
+            moved.append(aside)
+    return moved
+
+
+def publish(staging: Path, run_dir: Path, *, keep: int) -> None:
+    """Make a staged checkpoint appear in the run, then prune the oldest ones.
+
+    Pruning goes by step, never by file time, and spares the newest `keep`.
+
+    Raises:
+        IOFailed: when the disk refuses; what was there before is untouched.
+    """
+    try:
+        atomic.sync_folder(staging)
+        atomic.replace_folder(staging, run_dir / staging.name)
+        for old in list_checkpoints(run_dir)[keep:]:
+            atomic.remove_folder(old)
+    except OSError as error:
+        raise IOFailed(f"{run_dir}: saving failed ({error.strerror}); free some space") from None
+
+
+def publish_final(checkpoint: Path, run_dir: Path) -> None:
+    """Make the run folder itself the finished model: the files of `checkpoint`, then `COMPLETE`."""
+    state = (*STATE_FILES, MANIFEST, *(p.name for p in checkpoint.glob("rng_state*")))
+    files = [path for path in checkpoint.iterdir() if path.is_file() and path.name not in state]
+    meta = {key: value for key, value in read_manifest(checkpoint).items() if key != "files"}
+    staging = run_dir / f"{atomic.STAGING}{os.getpid()}-final"
+    staging.mkdir()
+    for path in files:
+        shutil.copyfile(path, staging / path.name)
+    write_manifest(staging, meta)
+    atomic.sync_folder(staging)
+    for path in staging.iterdir():
+        path.rename(run_dir / path.name)
+    staging.rmdir()
+    atomic.write_text(run_dir / COMPLETE, f"step {meta['step']}\n")
+
+
+def is_complete(run_dir: Path) -> bool:
+    """Tell whether the run reached its last step."""
+    return (run_dir / COMPLETE).is_file()
+
+
+def find_checkpoint(model_dir: Path) -> Path:
+    """Return the folder to load for chat or evaluation.
+
+    Args:
+        model_dir: a run (the finished model when `COMPLETE`, else its newest whole checkpoint), one
+            `checkpoint-<step>`, or a plain Hugging Face folder.
+
+    Raises:
+        MissingInput: when nothing is there; names what is near.
+        Damaged: when what is there is not whole.
+    """
+    check_folder(model_dir, "--model_dir")
+    if is_complete(model_dir) or (model_dir / MANIFEST).is_file():
+        verify(model_dir)
+        return model_dir
+    folder, _ = find_resumable(model_dir)
+    if folder is None and (model_dir / "config.json").is_file():
+        return model_dir
+    if folder is None:
+        raise MissingInput(f"--model_dir {model_dir}: holds no checkpoint yet; train one with train.py")
+    return folder
+
+
+def find_init(model_dir: Path) -> Path:
+    """Return the folder from whose weights another stage may start.
+
+    Raises:
+        MissingInput: when nothing is there.
+        Mismatch: for a run that has not reached its end.
+        Damaged: when a file is not what the manifest says.
+    """
+    check_folder(model_dir, "--init_model_dir")
+    if (model_dir / MANIFEST).is_file():
+        verify(model_dir)
+        return model_dir
+    if list_checkpoints(model_dir) and not is_complete(model_dir):
+        newest = list_checkpoints(model_dir)[0].name
+        raise Mismatch(
+            f"--init_model_dir {model_dir}: this run has not reached its end; let it finish, or name "
+            f"{model_dir / newest}"
+        )
+    if not (model_dir / "config.json").is_file():
+        raise MissingInput(f"--init_model_dir {model_dir}: holds no model; name a run or a checkpoint")
+    return model_dir
+
+
+def check_folder(folder: Path, flag: str) -> None:
+    """Raise `MissingInput` with the nearest names when `folder` is no folder."""
+    if not folder.is_dir():
+        names = [p.name for p in folder.parent.glob("*") if p.is_dir()]
+        near = suggest(folder.name, names) if names else "nothing is beside it"
+        raise MissingInput(f"{flag} {folder}: is no folder; {near}")
+
+
+def download_model(repo_id: str) -> Path:
+    """Fetch a model folder from the Hub (safetensors and tokenizer only), or from its cache.
+
+    Raises:
+        MissingInput: when it cannot be reached, or has no safetensors.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        folder = snapshot_download(repo_id, allow_patterns=["config.json", "model.safetensors", "tokenizer*"])
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
+        raise MissingInput(
+            f"--init_model_dir hub:{repo_id}: neither cached nor reachable ({type(error).__name__}); "
+            "download it elsewhere and name the folder"
+        ) from None
+    return Path(folder)
+
+
+def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
+    """Load weights for training, chat or evaluation: safetensors alone, no code from the folder.
+
+    Args:
+        folder: from `find_checkpoint` or `find_init`.
+        dtype: of the weights in memory.
+
+    Returns:
+        the model in evaluation mode, on the CPU.
+
+    Raises:
+        MissingInput: when config or weights are not there.
+        Mismatch: when the weights are not those of the configuration.
+    """
+    config = _read_model_config(folder)
+    if not (folder / "model.safetensors").is_file():
+        raise MissingInput(
+            f"{folder}: has no model.safetensors; pickled weights are never loaded, convert them first"
+        )
+    # attn_implementation is named here, so that no name in config.json can reach a kernel loader.
+    try:
+        model, info = GPT2LMHeadModel.from_pretrained(
+            folder,
+            config=config,
+            attn_implementation="sdpa",
+            dtype=dtype,
+            use_safetensors=True,
+            local_files_only=True,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise Damaged(f"{folder}: the weights cannot be read ({str(error).splitlines()[0]})") from None
+    wrong = [
+        *info["missing_keys"],
+        *info["unexpected_keys"],
+        *(m[0] for m in info["mismatched_keys"]),
+    ]
+    wrong = [key for key in wrong if not key.endswith((".attn.bias", ".attn.masked_bias"))]
+    if wrong:
+        raise Mismatch(
+            f"{folder}: model.safetensors is not of the shape in config.json ({len(wrong)} tensors, the "
+            f"first {wrong[0]!r}); name a folder whose files belong together"
+        )
+    return model.eval()
+
+
+def _read_model_config(folder: Path) -> GPT2Config:
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind = values.get("model_type")
+    except FileNotFoundError:
+        raise MissingInput(f"{folder}: has no config.json; name a model folder") from None
+    except (ValueError, AttributeError):
+        raise Damaged(f"{folder / 'config.json'}: is broken; go back to another checkpoint") from None
+    if kind != "gpt2":
+        raise Mismatch(f"{folder}: is a {kind!r} model, not GPT-2; name a GPT-2")
+    known = (*CONFIG_KEYS, *_SPECIAL_IDS)
+    config = GPT2Config(**{key: values[key] for key in known if key in values})
+    if config.activation_function == "gelu_new":
+        # The same function in one kernel (hf_facts 1): the name in the Hub's GPT-2 costs 9 passes.
+        config.activation_function = "gelu_pytorch_tanh"
+    return config

@@ -1,0 +1,322 @@
+"""Prepared data -> fixed rows of (T,) tensors, in an order that is a pure function of (seed, index).
+
+    TokenBlocks      a token store (stage A)          -> input_ids, labels
+    TokenWindows     the same for evaluation, in order
+    PackedChats      a tokenized JSONL (stage B)      -> input_ids, labels, position_ids
+
+Row `i` of a run is the same row whenever it is asked for, so a resumed run reads on where it stopped
+without having kept anything. Invariants: no label stands at position 0 of a conversation or block (nothing
+before it could predict it), and labels are unshifted.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from firstwords import tokenstore
+from firstwords.errors import BadData, BadFlag, MissingInput
+from firstwords.model import IGNORED
+from firstwords.packing import pack_rows
+from firstwords.tokenizer import Tokenizer
+
+LN2 = float(np.log(2))
+
+
+class TokenBlocks(Dataset):
+    """Blocks of `seq_len` tokens of a token store.
+
+    Args:
+        store: an opened split.
+        tokenizer: gives the bytes of the tokens.
+        seq_len: tokens in a block.
+        seed: of the order.
+
+    `num_rows` is one epoch until the trainer sets it to the length of the run.
+
+    Raises:
+        BadData: when the store is shorter than one block.
+    """
+
+    def __init__(self, store: tokenstore.TokenStore, tokenizer: Tokenizer, seq_len: int, seed: int):
+        self.tokens, self.seq_len, self.seed = store.tokens, seq_len, seed
+        self.rows_per_epoch = tokenstore.num_blocks(len(store.tokens), seq_len)
+        if not self.rows_per_epoch:
+            raise BadData(
+                f"the token store holds {len(store.tokens)} tokens, less than one block of {seq_len}; "
+                "prepare more text or lower --seq_len"
+            )
+        self.num_rows = self.rows_per_epoch
+        self.longest_row = self.tokens_per_row = seq_len
+        self.hash = store.hash
+        sample = np.asarray(self.tokens[: 1 << 20])
+        self.bits_per_byte = bits_per_byte_factor(sample, tokenizer)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return row `index` of the run: `input_ids` (T,) and `labels` (T,), int64."""
+        epoch, index = divmod(index, self.rows_per_epoch)
+        start = tokenstore.block_offset(
+            index, epoch, seed=self.seed, num_tokens=len(self.tokens), seq_len=self.seq_len
+        )
+        input_ids = torch.from_numpy(self.tokens[start : start + self.seq_len].astype(np.int64))
+        labels = input_ids.clone()
+        labels[0] = IGNORED
+        return {"input_ids": input_ids, "labels": labels}
+
+
+class TokenWindows(Dataset):
+    """A token store in its own order for evaluation: every token but the first is a label exactly once.
+
+    Windows overlap by one token, which only the next one has to predict from; the last window may be padded.
+
+    Args:
+        store: an opened split.
+        tokenizer: gives the pad id.
+        seq_len: tokens in a window.
+
+    Raises:
+        BadData: when the store holds fewer than two tokens.
+    """
+
+    def __init__(self, store: tokenstore.TokenStore, tokenizer: Tokenizer, seq_len: int):
+        if len(store.tokens) < 2:
+            raise BadData(f"the val split holds {len(store.tokens)} tokens; prepare more text")
+        self.tokens, self.seq_len, self.pad_id = store.tokens, seq_len, tokenizer.pad_id
+
+    def __len__(self) -> int:
+        return -(-(len(self.tokens) - 1) // (self.seq_len - 1))
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return window `index`: `input_ids` (T,) and `labels` (T,), int64."""
+        start = index * (self.seq_len - 1)
+        window = self.tokens[start : start + self.seq_len].astype(np.int64)
+        input_ids = torch.full((self.seq_len,), self.pad_id)
+        labels = torch.full((self.seq_len,), IGNORED)
+        input_ids[: len(window)] = labels[: len(window)] = torch.from_numpy(window)
+        labels[0] = IGNORED
+        return {"input_ids": input_ids, "labels": labels}
+
+
+@dataclass(frozen=True)
+class Chats:
+    """Tokenized conversations end to end: `ids` (N,), `masks` (N,), and `starts` (C + 1,) into both."""
+
+    ids: np.ndarray
+    masks: np.ndarray
+    starts: np.ndarray
+    hash: str
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(C,) tokens of each conversation."""
+        return np.diff(self.starts)
+
+
+def read_chats(path: Path) -> Chats:
+    """Read a tokenized JSONL of contract 2.
+
+    Raises:
+        MissingInput: when it is not there.
+        BadData: for a line that breaks the contract, with its number, or a file without a learned token.
+    """
+    if not path.is_file():
+        raise MissingInput(f"{path}: is not there; run prep_data.py --out_dir {path.parent}")
+    ids, masks, lengths = [], [], []
+    digest = hashlib.sha256()
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            digest.update(line)
+            row_ids, row_mask = _parse_row(line, path, number)
+            ids.append(row_ids)
+            masks.append(row_mask)
+            lengths.append(len(row_ids))
+    if not any(mask.any() for mask in masks):
+        raise BadData(f"{path}: has no token to learn from; run prep_data.py anew")
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return Chats(np.concatenate(ids), np.concatenate(masks), starts, digest.hexdigest())
+
+
+def _parse_row(line: bytes, path: Path, number: int) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        row = json.loads(line)
+        ids = np.array(row["input_ids"], dtype=np.int32)
+        mask = np.array(row["assistant_masks"], dtype=bool)
+    except (ValueError, KeyError, TypeError, OverflowError):
+        raise BadData(
+            f"{path}:{number}: is no row with input_ids and assistant_masks; run prep_data.py anew"
+        ) from None
+    if ids.ndim != 1 or ids.shape != mask.shape or not len(ids):
+        raise BadData(f"{path}:{number}: {ids.size} ids and {mask.size} mask values; run prep_data.py anew")
+    return ids, mask
+
+
+class PackedChats(Dataset):
+    """Whole conversations packed into rows of `seq_len`; an epoch visits the rows in an order of its own.
+
+    Args:
+        chats: from `read_chats`.
+        tokenizer: gives the pad id and the bytes of the tokens.
+        seq_len: tokens in a row; longer conversations follow `overlong`.
+        seed: of the order.
+        assistant_only: learn where the mask is 1; else everything but the first token.
+        overlong: `drop` leaves them out, `truncate` cuts their end.
+
+    Raises:
+        BadData: when a token is outside the vocabulary, or nothing to learn is left.
+    """
+
+    def __init__(
+        self,
+        chats: Chats,
+        tokenizer: Tokenizer,
+        seq_len: int,
+        seed: int,
+        *,
+        assistant_only: bool = True,
+        overlong: str = "drop",
+    ):
+        if chats.ids.max() >= len(tokenizer) or chats.ids.min() < 0:
+            raise BadData(
+                f"the tokenized rows hold id {chats.ids.max()}, but the tokenizer has {len(tokenizer)}; "
+                "run prep_data.py anew"
+            )
+        self.chats, self.seq_len, self.seed, self.pad_id = chats, seq_len, seed, tokenizer.pad_id
+        self.hash = chats.hash
+        self.learned = _choose_learned(chats, assistant_only)
+        kept, self.lengths = _apply_overlong(chats, self.learned, seq_len, overlong)
+        self.dropped_tokens = int(len(chats.ids) - self.lengths.sum())
+        self.num_overlong = int((chats.lengths > seq_len).sum())
+        if not len(kept):
+            raise BadData(
+                f"no conversation is left that fits --seq_len {seq_len} with a token to learn; raise "
+                "--seq_len or take --overlong truncate"
+            )
+        self.rows = [kept[row] for row in pack_rows(self.lengths[kept], seq_len)]
+        self.rows_per_epoch = self.num_rows = len(self.rows)
+        self.longest_row = int(self.lengths.max())
+        self.tokens_per_row = float(self.lengths.sum() / len(self.rows))
+        self.bits_per_byte = bits_per_byte_factor(chats.ids[self.learned], tokenizer)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        """Return row `index` of the run: `input_ids`, `labels`, `position_ids`, each (T,) int64.
+
+        The tail of a row that is not full holds pads, each at position 0: a conversation of its own.
+        """
+        epoch, index = divmod(index, self.rows_per_epoch)
+        place = tokenstore.permute(index, self.rows_per_epoch, seed=self.seed, epoch=epoch)
+        return self.read_row(self.rows[place])
+
+    def read_row(self, conversations: np.ndarray) -> dict[str, torch.Tensor]:
+        """Lay the given conversations into one row; shapes as in `__getitem__`."""
+        input_ids = np.full(self.seq_len, self.pad_id, dtype=np.int64)
+        labels = np.full(self.seq_len, IGNORED, dtype=np.int64)
+        position_ids = np.zeros(self.seq_len, dtype=np.int64)
+        begin = 0
+        for conversation in conversations:
+            length = self.lengths[conversation]
+            source = slice(self.chats.starts[conversation], self.chats.starts[conversation] + length)
+            row = slice(begin, begin + length)
+            input_ids[row] = self.chats.ids[source]
+            labels[row] = np.where(self.learned[source], self.chats.ids[source], IGNORED)
+            position_ids[row] = np.arange(length)
+            begin += length
+        arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _choose_learned(chats: Chats, assistant_only: bool) -> np.ndarray:
+    learned = chats.masks.copy() if assistant_only else np.ones(len(chats.ids), dtype=bool)
+    learned[chats.starts[:-1]] = False
+    return learned
+
+
+def _apply_overlong(
+    chats: Chats, learned: np.ndarray, seq_len: int, overlong: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the conversations that stay, and the tokens of each that are used (0 where it goes)."""
+    lengths = chats.lengths.copy()
+    if overlong == "truncate":
+        lengths = np.minimum(lengths, seq_len)
+    else:
+        lengths[lengths > seq_len] = 0
+    sums = np.concatenate([[0], np.cumsum(learned)])
+    lengths[sums[chats.starts[:-1] + lengths] == sums[chats.starts[:-1]]] = 0
+    return np.flatnonzero(lengths), lengths
+
+
+def bits_per_byte_factor(ids: np.ndarray, tokenizer: Tokenizer) -> float:
+    """Return what a loss in nats per token is multiplied by to give bits per byte of text.
+
+    Args:
+        ids: (N,) the tokens that are predicted; control tokens count as tokens of 0 bytes.
+    """
+    counts = np.bincount(ids, minlength=len(tokenizer))
+    num_bytes = sum(int(n) * len(tokenizer.token_bytes(i)) for i, n in enumerate(counts) if n)
+    return len(ids) / max(num_bytes, 1) / LN2
+
+
+def open_train(
+    data_dir: Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    *,
+    seed: int,
+    assistant_only: bool,
+    overlong: str = "drop",
+) -> TokenBlocks | PackedChats:
+    """Open the training split of a token store or of tokenized conversations.
+
+    Raises:
+        MissingInput: when the folder holds neither.
+        BadFlag: when assistant-only loss is asked of a token store, which has no assistant.
+    """
+    if tokenstore.is_store(data_dir):
+        _check_token_store(data_dir, assistant_only)
+        return TokenBlocks(tokenstore.open_store(data_dir, "train"), tokenizer, seq_len, seed)
+    chats = read_chats(_find_chats(data_dir, "train"))
+    return PackedChats(chats, tokenizer, seq_len, seed, assistant_only=assistant_only, overlong=overlong)
+
+
+def open_val(
+    data_dir: Path,
+    tokenizer: Tokenizer,
+    seq_len: int,
+    *,
+    assistant_only: bool,
+    overlong: str = "drop",
+) -> TokenWindows | PackedChats:
+    """Open the val split, to be read in full; errors as of `open_train`."""
+    if tokenstore.is_store(data_dir):
+        _check_token_store(data_dir, assistant_only)
+        return TokenWindows(tokenstore.open_store(data_dir, "val"), tokenizer, seq_len)
+    chats = read_chats(_find_chats(data_dir, "val"))
+    return PackedChats(chats, tokenizer, seq_len, 0, assistant_only=assistant_only, overlong=overlong)
+
+
+def _check_token_store(data_dir: Path, assistant_only: bool) -> None:
+    if assistant_only:
+        raise BadFlag(
+            f"--data_dir {data_dir}: is a token store and has no assistant to learn from; "
+            "pass --no_assistant_only_loss"
+        )
+
+
+def _find_chats(data_dir: Path, split: str) -> Path:
+    if not data_dir.is_dir():
+        raise MissingInput(f"--data_dir {data_dir}: is not there; run a prep script with --out_dir first")
+    return data_dir / f"{split}_tokenized.jsonl"
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack rows of (T,) into a batch of (B, T). No `attention_mask`: see `model.GPT2LMHeadModel`."""
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

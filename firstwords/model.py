@@ -1,0 +1,151 @@
+"""A GPT-2 configuration -> `GPT2LMHeadModel` with the loss of the next labelled token.
+
+    model = build_model(Path("configs/models/small_test.json"), tokenizer, seed=0)
+    model(input_ids=ids, labels=labels).loss           # ids, labels: (B, T) int64
+
+The weights and the saved folder are plain Hugging Face GPT-2. Invariant: the loss is the cross-entropy of
+token t+1 given tokens up to t, over the labels that are not -100; nobody else shifts anything.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+import transformers
+from torch.nn import functional
+from transformers import GenerationConfig, GPT2Config
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+
+from firstwords.errors import BadFlag, MissingInput, suggest
+from firstwords.tokenizer import Tokenizer
+
+IGNORED = -100
+
+# What a model configuration of ours may say. Everything else (sizes of the vocabulary, special ids, kernel
+# names, code to load) is decided elsewhere or not at all.
+CONFIG_KEYS = (
+    "n_layer",
+    "n_head",
+    "n_embd",
+    "n_inner",
+    "n_positions",
+    "activation_function",
+    "resid_pdrop",
+    "embd_pdrop",
+    "attn_pdrop",
+    "layer_norm_epsilon",
+    "initializer_range",
+    "scale_attn_by_inverse_layer_idx",
+    "reorder_and_upcast_attn",
+    "tie_word_embeddings",
+)
+
+
+# The name stays, so that `architectures` in config.json names the class that everybody has.
+class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
+    """Hugging Face's model with a cheaper way to its loss; without `labels` nothing differs."""
+
+    def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+        """Return the loss alone when there are labels, else what the parent returns.
+
+        Only positions that are followed by a label go through the head: the logits of the others would
+        be thrown away, and with assistant-only loss those are half of all or more.
+
+        Args:
+            input_ids: (B, T) int64.
+            labels: (B, T) int64, unshifted; -100 where nothing is learned.
+            num_items_in_batch: labels in the whole optimizer step, over all micro-batches and processes;
+                the loss is the sum divided by it. Without it, the mean over this batch.
+            kwargs: `position_ids` (B, T) that restart with each conversation of a packed row. No
+                `attention_mask`: with it, or with a cache, Hugging Face would let packed
+                conversations see each other.
+        """
+        if labels is None:
+            return super().forward(input_ids=input_ids, **kwargs)
+        kwargs["use_cache"] = False
+        hidden = self.transformer(input_ids=input_ids, **kwargs).last_hidden_state  # (B, T, d)
+        targets = labels[:, 1:]  # (B, T-1)
+        learned = targets != IGNORED
+        logits = self.lm_head(hidden[:, :-1][learned])  # (M, V)
+        total = functional.cross_entropy(logits.float(), targets[learned], reduction="sum")
+        count = learned.sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithCrossAttentions(loss=total / count)
+
+
+def read_config(path: Path) -> dict:
+    """Read a model configuration: a JSON object with keys of `GPT2Config`.
+
+    Raises:
+        MissingInput: when the file is not there.
+        BadFlag: for broken JSON, an unknown key, or a shape that does not work out.
+    """
+    if not path.is_file():
+        near = suggest(path.name, [p.name for p in path.parent.glob("*.json")])
+        raise MissingInput(f"--cfg {path}: is not there; {near}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadFlag(f"--cfg {path}: broken JSON ({error}); mend it") from None
+    for key in config:
+        if key not in CONFIG_KEYS:
+            raise BadFlag(f"--cfg {path}: unknown key {key!r}; {suggest(key, list(CONFIG_KEYS))}")
+    shape = {**_DEFAULT_SHAPE, **config}
+    for key in _DEFAULT_SHAPE:
+        if not isinstance(shape[key], int) or shape[key] < 1:
+            raise BadFlag(f"--cfg {path}: {key} is {shape[key]!r}; give a whole number above 0")
+    if shape["n_embd"] % shape["n_head"]:
+        raise BadFlag(
+            f"--cfg {path}: n_embd {shape['n_embd']} is no multiple of n_head {shape['n_head']}; "
+            "change one of them"
+        )
+    return config
+
+
+_DEFAULT_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
+
+
+def build_model(path: Path, tokenizer: Tokenizer, *, seed: int) -> GPT2LMHeadModel:
+    """Build a model with random weights, the same for the same seed.
+
+    Args:
+        path: the configuration, see `read_config`.
+        tokenizer: gives the rows of the embedding and the special ids.
+        seed: of the weights.
+    """
+    config = GPT2Config(
+        **read_config(path),
+        vocab_size=tokenizer.vocab_size_padded,
+        bos_token_id=tokenizer.endoftext_id,
+        eos_token_id=tokenizer.end_id,
+        pad_token_id=tokenizer.pad_id,
+    )
+    config._attn_implementation = "sdpa"
+    torch.manual_seed(seed)
+    model = GPT2LMHeadModel(config)
+    set_generation(model, tokenizer)
+    return model
+
+
+def set_generation(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
+    """Tell `generate` and `pipeline` where a reply ends, and how far a call goes that does not say."""
+    model.generation_config = GenerationConfig(
+        bos_token_id=tokenizer.endoftext_id,
+        eos_token_id=[tokenizer.end_id, tokenizer.endoftext_id],
+        pad_token_id=tokenizer.pad_id,
+        max_new_tokens=256,
+    )
+
+
+def grow_vocabulary(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
+    """Add the rows that a plain GPT-2 lacks for the control tokens; the old rows stay as they are.
+
+    New rows are drawn like fresh weights: Hugging Face's own resizing gives all of them nearly the same
+    mean vector, from which the role tokens part only slowly.
+    """
+    old = model.config.vocab_size
+    if old >= tokenizer.vocab_size_padded:
+        return
+    model.resize_token_embeddings(tokenizer.vocab_size_padded, mean_resizing=False)
+    with torch.no_grad():
+        rows = model.transformer.wte.weight[old:]
+        rows.normal_(mean=0.0, std=model.config.initializer_range)

@@ -1,0 +1,254 @@
+"""What the two prep scripts share: their flags, the account of every row, the finished folder.
+
+    with Rejects(staging) as rejects:
+        rejects.add("chat.jsonl", 7, error)       -> rejects.jsonl, rejects.counts, rejects.first
+
+Invariants: what was read is what was kept plus what was dropped, by reason; equal contents never
+stand on both sides of the split; a finished folder is left alone, or replaced when that is asked
+for, and a folder that no prep script made is never touched.
+"""
+
+import argparse
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from firstwords.atomic import format_json, hash_file, sweep_leftovers
+from firstwords.errors import BadData, BadFlag, CannotCreate
+from firstwords.schema import RowError, format_row
+
+REJECTS = "rejects.jsonl"
+SHOWN_REJECTS = 20
+# Flags that do not change what is written.
+FREE_FLAGS = ("out_dir", "overwrite", "debug", "show")
+
+
+def add_source_flags(parser: argparse.ArgumentParser, *, dataset_help: str) -> None:
+    """Add the flags that say what is read, how it is split, and where it goes."""
+    add = parser.add_argument
+    add("--dataset", required=True, metavar="NAME|PATH|pydocs", help=dataset_help)
+    add("--out_dir", required=True, type=Path, metavar="DIR", help="the folder to make")
+    add("--dataset_config", metavar="NAME", help="config of a Hub set (`en` of c4)")
+    add(
+        "--split",
+        metavar="NAME",
+        help="of a Hub set, or of a folder whose files are named after splits: default train; "
+        "`all` takes every file of a folder",
+    )
+    add(
+        "--max_samples",
+        type=int,
+        metavar="N",
+        help="draw N rows by seed from all (of a Hub set: from a shuffle buffer of 10,000)",
+    )
+    add("--sample_pct", type=float, metavar="P", help="keep each row with P %% chance, by seed")
+    add("--seed", type=int, default=0, help="of the sample and of the split, default 0")
+    add(
+        "--skip_bad",
+        action="store_true",
+        help="go on without the bad rows; without this flag they end the run with exit 65; they "
+        "are listed in rejects.jsonl either way",
+    )
+    add("--overwrite", action="store_true", help="replace an --out_dir that this script made")
+
+
+def parse_percent(text: str) -> float:
+    """Parse a share of `--val_pct`: both sides of the split must get something."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 100:
+        raise argparse.ArgumentTypeError(f"{text!r} is no percentage between 0 and 100")
+    return value
+
+
+def refuse_flags(args: argparse.Namespace, names: Iterable[str], why: str) -> None:
+    """Refuse flags that would be ignored.
+
+    Raises:
+        BadFlag: for the first of `names` that was given.
+    """
+    for name in names:
+        if getattr(args, name):
+            raise BadFlag(f"--{name}: {getattr(args, name)}, but {why}; leave it out")
+
+
+def learns_from_text(spec: str) -> bool:
+    """Tell whether a `--tokenizer` is made from the data, and not loaded."""
+    return spec == "char" or spec.startswith("bpe:")
+
+
+def describe_flags(args: argparse.Namespace) -> dict:
+    """Return the flags that decide what is written, as a report keeps them."""
+    return {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+
+
+class Rejects:
+    """The rows that were refused: counted by reason, and each in `<folder>/rejects.jsonl`.
+
+    Attributes:
+        counts: rows by reason.
+        first: the first 20 as `file:line: reason`, for the screen.
+    """
+
+    def __init__(self, folder: Path):
+        self.counts: Counter[str] = Counter()
+        self.first: list[str] = []
+        self._path = folder / REJECTS
+        self._file = None
+
+    def __enter__(self) -> "Rejects":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file:
+            self._file.close()
+
+    @property
+    def total(self) -> int:
+        """Rows refused."""
+        return self.counts.total()
+
+    def add(self, file: str, line: int, error: RowError) -> None:
+        """Take down one row; the file is made with the first."""
+        if self._file is None:
+            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 - see __exit__
+        self.counts[error.reason] += 1
+        if len(self.first) < SHOWN_REJECTS:
+            self.first.append(f"{file}:{line}: {error}")
+        detail = str(error).encode("utf-8", "backslashreplace").decode()
+        row = {"file": file, "line": line, "reason": error.reason, "detail": detail}
+        self._file.write(format_row(row))
+
+    def describe(self) -> dict[str, int]:
+        """Return the counts, the commonest reason first."""
+        return dict(self.counts.most_common())
+
+
+def hash_content(parts: Iterable[str], seed: int) -> int:
+    """Return 64 bits that equal contents share and that the seed changes."""
+    digest = hashlib.blake2b(digest_size=8, key=str(seed).encode())
+    for part in parts:
+        digest.update(part.encode("utf-8"))
+    return int.from_bytes(digest.digest(), "big")
+
+
+def find_val_limit(hashes: array, val_pct: float) -> int:
+    """Return the highest hash that belongs to val: a share of the distinct contents, at least one.
+
+    Args:
+        hashes: of all contents, in any order.
+        val_pct: percent of the distinct ones.
+
+    Raises:
+        BadData: when there are not two distinct contents, one for each side.
+    """
+    distinct = np.unique(np.frombuffer(hashes, dtype=np.uint64))
+    if len(distinct) < 2:
+        raise BadData(
+            f"--dataset: the {len(hashes)} kept rows are all equal; "
+            "a split for validation needs two different ones, give more data"
+        )
+    wanted = min(max(1, round(len(distinct) * val_pct / 100)), len(distinct) - 1)
+    return int(distinct[wanted - 1])
+
+
+def count_duplicates(hashes: array) -> int:
+    """Return how many contents had occurred before."""
+    return len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.uint64)))
+
+
+def is_finished(out_dir: Path, report_name: str, made_by: dict, *, overwrite: bool) -> bool:
+    """Tell whether the same command has made `out_dir` already.
+
+    Args:
+        out_dir: the folder to be.
+        report_name: the report that a finished folder has.
+        made_by: what must stand in that report to be the same: command, sources, ...
+        overwrite: make a finished folder anew.
+
+    Returns:
+        False when it is to be made: it is not there, is empty, or holds but the report of a prep
+        that was refused.
+
+    Raises:
+        CannotCreate: when something else is there.
+    """
+    if out_dir.parent.is_dir():
+        sweep_leftovers(out_dir.parent)
+    if not out_dir.exists() or out_dir.is_dir() and not any(out_dir.iterdir()):
+        return False
+    report = read_report(out_dir / report_name)
+    if report is None:
+        raise CannotCreate(f"{out_dir}: is there and was not made by this script; name another")
+    if overwrite or report.get("refused"):
+        return False
+    changed = [key for key, value in made_by.items() if report.get(key) != value]
+    changed += [name for name, file in report["files"].items() if not _is_whole(out_dir / name, file)]
+    if changed:
+        raise CannotCreate(
+            f"{out_dir}: is there, but {_describe_change(report, made_by, changed[0])}; "
+            "name another --out_dir or pass --overwrite"
+        )
+    return True
+
+
+def read_report(path: Path) -> dict | None:
+    """Return a report of ours, or None where there is none."""
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) and "command" in report else None
+
+
+def _is_whole(path: Path, described: dict) -> bool:
+    return path.is_file() and path.stat().st_size == described["bytes"]
+
+
+def _describe_change(report: dict, made_by: dict, key: str) -> str:
+    if key not in made_by:
+        return f"its {key} is missing or has another size"
+    if key != "command":
+        return f"was made from other {key.replace('_', ' ')}"
+    flag = next(name for name in made_by[key] if report[key].get(name) != made_by[key][name])
+    return f"was made with --{flag} {report[key].get(flag)}, not {made_by[key][flag]}"
+
+
+def seal_folder(staging: Path, out_dir: Path, report_name: str, report: dict) -> None:
+    """Write the report, the last file of a staging folder.
+
+    Args:
+        staging: what becomes `out_dir`.
+        out_dir: for a look at what is there now.
+        report_name: `corpus.json` or `data_report.json`.
+        report: with a text under `refused` where the rows were refused; then nothing but it and the
+            rejects stays. It gets `files`: bytes and sha256 of each other file.
+
+    Raises:
+        BadData: when a refused prep would take the place of a finished one.
+    """
+    if "refused" in report:
+        if "refused" not in (read_report(out_dir / report_name) or report):
+            raise BadData(f"{report['refused']}; the finished data in {out_dir} stays as it was")
+        for path in staging.iterdir():
+            if path.name != REJECTS:
+                path.unlink()
+    report["files"] = {
+        path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+        for path in sorted(staging.iterdir())
+    }
+    (staging / report_name).write_text(format_json(report), encoding="utf-8")
+
+
+def format_table(rows: Iterable[tuple[str, object]]) -> str:
+    """Return two columns as text: labels, and values with thousands separated."""
+    shown = [(label, f"{v:,}" if isinstance(v, int) else str(v)) for label, v in rows]
+    width = max(len(label) for label, _ in shown)
+    return "\n".join(f"  {label:<{width}}  {value}" for label, value in shown)

@@ -1,0 +1,158 @@
+"""CONTRACT: the conversation row, one JSON object a line in `train.jsonl` and `val.jsonl`.
+
+    {"messages": [{"role": "system", "content": "Be brief."},
+                  {"role": "user", "content": "Hi"},
+                  {"role": "assistant", "content": "Hello!"}]}
+
+The system message is optional and first; then user and assistant take turns, beginning with the user
+and ending with the assistant. A top-level `"system"` key is accepted on input. Invariant: whatever
+`parse_conversation` returns can be encoded, and nothing is coerced on the way: a row is right or it
+has a reason why not. The shape is the one TRL and OpenAI's fine-tuning files use.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn: who speaks (`system`, `user` or `assistant`) and the text."""
+
+    role: str
+    content: str
+
+
+class RowError(ValueError):
+    """Why a row is refused. `reason` is a short code to count by, the message is for people."""
+
+    def __init__(self, reason: str, text: str):
+        super().__init__(text)
+        self.reason = reason
+
+
+def parse_conversation(row: dict) -> list[Message]:
+    """Check one row against the contract.
+
+    Args:
+        row: an object with `messages`, and perhaps `system`; other keys are ignored.
+
+    Returns:
+        The turns in order; the first may be the system's, the last is the assistant's.
+
+    Raises:
+        RowError: for the first thing that is wrong, naming the turn (from 1).
+    """
+    turns = row.get("messages")
+    if not isinstance(turns, list):
+        raise RowError("no_messages", f"'messages' must be a list, but is {_kind(turns)}")
+    messages = [_parse_message(turn, place) for place, turn in enumerate(turns, 1)]
+    if row.get("system") is not None:
+        messages.insert(0, _parse_message({"role": "system", "content": row["system"]}, 0))
+    _check_order([message.role for message in messages])
+    return messages
+
+
+def _parse_message(turn, place: int) -> Message:
+    if not isinstance(turn, dict):
+        raise RowError("bad_turn", f"turn {place} must be an object, but is {_kind(turn)}")
+    missing = [key for key in ("role", "content") if key not in turn]
+    if missing:
+        raise RowError("missing_key", f"turn {place} has no {missing[0]!r}, only {sorted(turn)}")
+    role, content = turn["role"], turn["content"]
+    if role not in ("system", "user", "assistant"):
+        raise RowError("unknown_role", f"turn {place} has the role {role!r}")
+    if not isinstance(content, str):
+        raise RowError("bad_content", f"turn {place} ({role}) is {_kind(content)}, not a string")
+    if not content.strip():
+        raise RowError("empty_turn", f"turn {place} ({role}) is empty")
+    check_text(content, f"turn {place} ({role})")
+    return Message(role, content)
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuse text that no tokenizer can give back: lone surrogates and NUL.
+
+    Raises:
+        RowError: naming `where` and the offset in characters.
+    """
+    if "\0" in text:
+        raise RowError("nul", f"{where} holds a NUL character at offset {text.index(chr(0))}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowError("surrogate", f"{where} holds half a surrogate at {error.start}") from None
+
+
+def _check_order(roles: list[str]) -> None:
+    turns = roles[1:] if roles[:1] == ["system"] else roles
+    if "assistant" not in turns:
+        raise RowError("no_assistant", f"no assistant turn to learn from; the roles are {roles}")
+    expected = ["user", "assistant"] * (len(turns) // 2 + 1)
+    for place, (role, wanted) in enumerate(zip(turns, expected, strict=False), 1):
+        if role != wanted:
+            raise RowError("bad_order", f"turn {place} is the {role}'s where the {wanted}'s belongs")
+    if turns[-1] != "assistant":
+        raise RowError("bad_order", "the last turn must be the assistant's, but is the user's")
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict | RowError]]:
+    """Read JSON objects strictly, line by line, in constant memory.
+
+    Blank lines, CRLF and a byte order mark are fine.
+
+    Yields:
+        `(line, row)` with `line` from 1; a `RowError` stands in the row's place when the line is not
+        one valid JSON object, so that the caller decides whether to go on.
+    """
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield number, _parse_line(line)
+
+
+def _parse_line(line: bytes) -> dict | RowError:
+    try:
+        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+    except UnicodeDecodeError as error:
+        return RowError("bad_utf8", f"not UTF-8 at byte {error.start} of the line")
+    except json.JSONDecodeError as error:
+        return RowError("bad_json", f"broken JSON at column {error.colno}: {error.msg}")
+    except RowError as error:
+        return error
+    except RecursionError:
+        return RowError("bad_json", "nested too deep")
+    if not isinstance(row, dict):
+        return RowError("not_an_object", f"must be one JSON object, but is {_kind(row)}")
+    return row
+
+
+def _unique_keys(pairs: list[tuple]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        names = [name for name, _ in pairs]
+        double = next(name for name in names if names.count(name) > 1)
+        raise RowError("double_key", f"the key {double!r} stands twice in one object")
+    return row
+
+
+def _no_constant(name: str):
+    raise RowError("bad_json", f"{name} is no JSON value")
+
+
+def conversation_row(messages: list[Message]) -> dict:
+    """Return the row that `parse_conversation` reads back to the same messages."""
+    return {"messages": [{"role": m.role, "content": m.content} for m in messages]}
+
+
+def format_row(row: dict) -> str:
+    """Return `row` as one line of JSON with its newline; non-ASCII text stays readable."""
+    return json.dumps(row, ensure_ascii=False, separators=(", ", ": ")) + "\n"
+
+
+def _kind(value) -> str:
+    names = {type(None): "null", list: "a list", dict: "an object", str: "a string", bool: "a bool"}
+    return names.get(type(value), f"a {type(value).__name__}")

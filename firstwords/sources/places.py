@@ -1,0 +1,180 @@
+"""A dataset's name -> where it lies: files on this disk, or a set on the Hub.
+
+    find_place("data/chat.json")   ->  Place("data/chat.json", files=(Path("data/chat.json"),))
+    find_place("alpaca")           ->  Place("tatsu-lab/alpaca", split="train")
+
+Invariant: a thing that looks like a path is only ever local; a mistyped one is an error that names
+what is near, and never a download.
+"""
+
+import os
+import re
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from firstwords.atomic import hash_file
+from firstwords.errors import BadFlag, MissingInput, suggest
+
+# Short names that people know, and where those sets live on the Hub today.
+HUB_NAMES = {
+    "alpaca": "tatsu-lab/alpaca",
+    "c4": "allenai/c4",
+    "dolly": "databricks/databricks-dolly-15k",
+    "fineweb-edu": "HuggingFaceFW/fineweb-edu",
+    "openwebtext": "Skylion007/openwebtext",
+}
+ROW_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
+TEXT_SUFFIXES = (*ROW_SUFFIXES, ".txt")
+# A name that ends so is meant as a file, whether we can read it or not.
+FILE_SUFFIXES = (*TEXT_SUFFIXES, ".gz", ".jsonlines", ".md", ".ndjson", ".tsv", ".zip", ".zst")
+# `train.jsonl`, `val_2.csv`, `train-00000-of-00002.parquet`: files that belong to one split.
+SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev)([-_.]?\d.*)?")
+SPLIT_NAMES = dict.fromkeys(("valid", "val", "dev"), "validation")
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a dataset lies: local files, or else a name for `datasets.load_dataset`."""
+
+    name: str
+    files: tuple[Path, ...] = ()
+    split: str = "train"
+    config: str | None = None
+
+    @property
+    def on_hub(self) -> bool:
+        """Tell whether `datasets` reads it."""
+        return not self.files
+
+    def describe(self) -> list[dict]:
+        """Return what tells two inputs apart: size and sha256 of each file, or the Hub name."""
+        if self.on_hub:
+            return [{"hub": self.name, "config": self.config, "split": self.split}]
+        return [
+            {"file": str(file), "bytes": file.stat().st_size, "sha256": hash_file(file)}
+            for file in self.files
+        ]
+
+
+def find_place(
+    dataset: str,
+    *,
+    split: str | None = None,
+    config: str | None = None,
+    suffixes: tuple[str, ...] = TEXT_SUFFIXES,
+) -> Place:
+    """Find what `--dataset` names.
+
+    Args:
+        dataset: a file or folder, a name of `HUB_NAMES`, `owner/name`, or `hub:name`. A folder
+            whose README.md is a dataset card with `configs:` is read as a set on the Hub is.
+        split: `train` by default. Of a folder it picks the files that are named after it;
+            `all` takes every file.
+        config: of a Hub set.
+        suffixes: kinds of files that the caller can use.
+
+    Raises:
+        MissingInput: when nothing is there, with the nearest names that are.
+        BadFlag: for a suffix, split or config that does not fit.
+    """
+    path = Path(os.path.expanduser(dataset))
+    hub_name = HUB_NAMES.get(dataset, dataset.removeprefix("hub:"))
+    on_hub = Place(hub_name, (), split or "train", config)
+    if dataset.startswith("hub:") or path.is_dir() and _has_hub_card(path):
+        return on_hub
+    if _is_path(dataset, path):
+        if config is not None and path.exists():
+            raise BadFlag(f"--dataset_config: {config!r}, but {path} is no Hub set; leave it out")
+        return Place(str(path), _find_files(path, split, suffixes))
+    if "/" not in dataset and dataset not in HUB_NAMES:
+        raise MissingInput(f"{dataset}: no such file, folder or known set; {_suggest_path(path)}")
+    return on_hub
+
+
+def _is_path(dataset: str, path: Path) -> bool:
+    return (
+        path.exists()
+        or dataset.startswith((".", "/", "~"))
+        or path.suffix.lower() in FILE_SUFFIXES
+        or dataset.count("/") > 1
+        or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+    )
+
+
+def _has_hub_card(folder: Path) -> bool:
+    card = folder / "README.md"
+    if not card.is_file():
+        return False
+    front = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
+    return front.startswith("---") and re.search(r"^configs:", front, re.MULTILINE) is not None
+
+
+def _find_files(path: Path, split: str | None, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
+    if path.is_dir():
+        return _pick_split(path, _list_files(path, suffixes), split)
+    if not path.exists():
+        raise MissingInput(f"{path}: no such file or folder; {_suggest_path(path)}")
+    if not path.is_file():
+        raise MissingInput(f"{path}: is neither a file nor a folder; name one that is")
+    if path.suffix.lower() not in suffixes:
+        raise BadFlag(
+            f"--dataset: {path} ends in {path.suffix!r}, which cannot be read here; "
+            f"known: {', '.join(suffixes)}"
+        )
+    if split is not None:
+        raise BadFlag(f"--split: {split!r}, but {path} is one file; name the split's own file")
+    return (path,)
+
+
+def _list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    files = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file()
+        and path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not files:
+        raise MissingInput(f"{folder}: no {', '.join(suffixes)} file in it; name another folder")
+    return files
+
+
+def _pick_split(folder: Path, files: list[Path], split: str | None) -> tuple[Path, ...]:
+    """Never read a test split into the training data, nor leave a file out unasked."""
+    splits = [_name_split(file) for file in files]
+    if split == "all" or split is None and not any(splits):
+        return tuple(files)
+    if split is None and not all(splits):
+        other = files[splits.index(None)]
+        raise BadFlag(
+            f"--split: needed for {folder}, where some files are named after a split and "
+            f"{other.name} is not; pass --split train or --split all"
+        )
+    wanted = SPLIT_NAMES.get(split, split) or "train"
+    picked = tuple(file for file, name in zip(files, splits, strict=True) if name == wanted)
+    if not picked:
+        known = ", ".join(sorted({name for name in splits if name})) or "none named after a split"
+        raise BadFlag(f"--split: {folder} has no files of {wanted!r}; it has {known}")
+    return picked
+
+
+def _name_split(file: Path) -> str | None:
+    match = SPLIT_FILE.fullmatch(file.stem)
+    return SPLIT_NAMES.get(match[1], match[1]) if match else None
+
+
+def _suggest_path(path: Path) -> str:
+    missing = next(p for p in [path, *path.parents] if p.parent.exists() and not p.exists())
+    names = sorted(entry.name for entry in missing.parent.iterdir())
+    near = get_close_matches(missing.name, names, n=3, cutoff=0.5)
+    if near:
+        return f"did you mean {' or '.join(repr(str(missing.parent / name)) for name in near)}?"
+    if get_close_matches(str(path), HUB_NAMES, n=1, cutoff=0.6):
+        return suggest(str(path), list(HUB_NAMES))
+    return "name a path that is there, or a Hub set as owner/name"
+
+
+def one_line(error: Exception) -> str:
+    """Return an error's text without its line breaks, for the middle of a message of ours."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

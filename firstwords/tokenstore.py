@@ -1,0 +1,178 @@
+"""CONTRACT: the token store of stage A, a folder with the tokens of a corpus.
+
+    train.bin val.bin    little-endian uint16 (uint32 above 65,535 ids); <|endoftext|> follows each document
+    corpus.json          format, dtype, splits (each: tokens, documents, bytes, sha256), tokenizer_hash,
+                         sources, command
+    tokenizer.json ...   the tokenizer's files
+
+The bins are nanoGPT's: its bins open here (without `corpus.json`), and ours open there. Invariant: the
+store that `open_store` returns has exactly the tokens that `corpus.json` counts; tokens are memory-mapped,
+so a store of any size opens at once.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from firstwords.errors import BadData, MissingInput
+
+FORMAT = "firstwords-tokens-1"
+
+
+class TokenStoreWriter:
+    """Append documents to `<folder>/<split>.bin`, streamed.
+
+    Args:
+        folder: an existing folder, usually a staging one.
+        split: `train` or `val`.
+        vocab_size: decides the dtype.
+    """
+
+    def __init__(self, folder: Path, split: str, vocab_size: int):
+        self.dtype = choose_dtype(vocab_size)
+        self._file = open(folder / f"{split}.bin", "wb")  # noqa: SIM115 - closed by close()
+        self._digest = hashlib.sha256()
+        self._tokens = self._documents = self._bytes = 0
+
+    def append(self, ids: list[int], num_bytes: int) -> None:
+        """Write one document: its ids, the closing `<|endoftext|>` among them; its size in bytes of text."""
+        data = np.array(ids, dtype=self.dtype).tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self._tokens += len(ids)
+        self._documents += 1
+        self._bytes += num_bytes
+
+    def close(self) -> dict:
+        """Close the file and return its counts, as they stand in `corpus.json` under the split."""
+        self._file.close()
+        return {
+            "tokens": self._tokens,
+            "documents": self._documents,
+            "bytes": self._bytes,
+            "sha256": self._digest.hexdigest(),
+        }
+
+
+def choose_dtype(vocab_size: int) -> np.dtype:
+    """Return little-endian uint16 where all ids fit in it, else uint32."""
+    return np.dtype("<u2" if vocab_size <= 65_536 else "<u4")
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """One split, opened.
+
+    Attributes:
+        tokens: memory map of shape (N,).
+        hash: sha256 of the split by `corpus.json`; of a bin without one, of its size and both ends.
+    """
+
+    tokens: np.ndarray
+    hash: str
+
+
+def is_store(folder: Path) -> bool:
+    """Tell whether the folder holds a token store (ours or nanoGPT's)."""
+    return (folder / "train.bin").is_file()
+
+
+def open_store(folder: Path, split: str) -> TokenStore:
+    """Map one split.
+
+    Raises:
+        MissingInput: when the split's file is not there.
+        BadData: when it is empty, or its size is not the one that `corpus.json` gives.
+    """
+    path = folder / f"{split}.bin"
+    if not path.is_file():
+        raise MissingInput(f"{path}: is not there; run prep_text_corpus.py --out_dir {folder}")
+    meta = read_corpus(folder)
+    dtype = np.dtype(meta.get("dtype", "<u2"))
+    size = path.stat().st_size
+    if size == 0 or size % dtype.itemsize:
+        raise BadData(f"{path}: {size} bytes are no whole number of {dtype} tokens; prepare it anew")
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    if not meta:
+        return TokenStore(tokens, _hash_ends(tokens))
+    counts = meta["splits"][split]
+    if counts["tokens"] != len(tokens):
+        raise BadData(
+            f"{path}: {len(tokens)} tokens, but corpus.json says {counts['tokens']}; prepare it anew"
+        )
+    return TokenStore(tokens, counts["sha256"])
+
+
+def _hash_ends(tokens: np.ndarray) -> str:
+    ends = tokens[: 1 << 20].tobytes() + tokens[-(1 << 20) :].tobytes()
+    return hashlib.sha256(len(tokens).to_bytes(8, "little") + ends).hexdigest()
+
+
+def read_corpus(folder: Path) -> dict:
+    """Return `corpus.json`, or `{}` where there is none (a store of nanoGPT's).
+
+    Raises:
+        BadData: when it is broken or of another format.
+    """
+    path = folder / "corpus.json"
+    if not path.is_file():
+        return {}
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise BadData(f"{path}: is no JSON; prepare the corpus anew") from None
+    if meta.get("format") != FORMAT:
+        raise BadData(f"{path}: the format is {meta.get('format')!r}, not {FORMAT!r}; prepare it anew")
+    return meta
+
+
+def block_offset(index: int, epoch: int, *, seed: int, num_tokens: int, seq_len: int) -> int:
+    """Tell where block `index` of `epoch` begins, a pure function in O(1).
+
+    An epoch cuts the whole store into blocks of `seq_len` tokens that start at a shift of its own, and
+    visits them in an order of its own: a permutation by four Feistel rounds with cycle walking (Black
+    and Rogaway 2002, section 3), so that nothing as long as the store is ever drawn or kept.
+
+    Args:
+        index: which block of the epoch, below `num_blocks(num_tokens, seq_len)`.
+        epoch: the pass over the store, from 0.
+        seed: of the run.
+
+    Returns:
+        the offset in tokens; `seq_len` tokens from there lie within the store.
+    """
+    count = num_blocks(num_tokens, seq_len)
+    shift = _mix(seed, epoch, 0) % (num_tokens - count * seq_len + 1)
+    return shift + permute(index, count, seed=seed, epoch=epoch) * seq_len
+
+
+def num_blocks(num_tokens: int, seq_len: int) -> int:
+    """Return the blocks in an epoch; one block's worth stays free, so that epochs can be shifted."""
+    return max((num_tokens - 1) // seq_len, num_tokens // seq_len - 1, num_tokens >= seq_len)
+
+
+def permute(index: int, count: int, *, seed: int, epoch: int) -> int:
+    """Return the place of `index` in the order of `epoch`: a permutation of `range(count)`."""
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for key in range(1, 5):
+            left, right = right, left ^ (_mix(seed, epoch, key, right) & mask)
+        index = left << half | right
+        if index < count:
+            return index
+
+
+def _mix(*words: int) -> int:
+    # splitmix64's finaliser over each word (Steele et al. 2014): cheap, and the same everywhere.
+    state = 0
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state

@@ -1,0 +1,402 @@
+"""Model and data -> a run: the Trainer subclass and what watches over it.
+
+    trainer = RunTrainer(model, training_arguments, train_set=..., val_set=..., tokenizer=..., meta=...)
+    trainer.train(resume_from_checkpoint=None)
+
+Invariants: a checkpoint appears whole or not at all; no step is taken on a gradient that is not finite; and
+what goes into `trainer_state.json` is a function of the flags and the data alone (no clock, no rate), so
+that a run resumed and a run in one piece end in the same bytes.
+"""
+
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import transformers
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments
+
+from firstwords import atomic, checkpoint
+from firstwords.args import TrainFlags
+from firstwords.errors import BadFlag, Diverged
+from firstwords.generate import Sampling
+from firstwords.score import evaluate_loss
+from firstwords.session import ChatSession
+from firstwords.tokenizer import Tokenizer
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def count_steps(flags: TrainFlags, rows_per_epoch: int, world_size: int) -> int:
+    """Return the optimizer steps of the run, from `--max_steps` or `--epochs`.
+
+    Raises:
+        BadFlag: when both or neither are given.
+    """
+    if (flags.max_steps is None) == (flags.epochs is None):
+        raise BadFlag("--max_steps: give either --max_steps or --epochs")
+    steps = flags.max_steps
+    if steps is None:
+        steps = math.ceil(flags.epochs * rows_per_epoch / rows_per_step(flags, world_size))
+    if steps < 1:
+        raise BadFlag(f"--max_steps: {steps} steps train nothing; give 1 or more")
+    return steps
+
+
+def rows_per_step(flags: TrainFlags, world_size: int) -> int:
+    """Return the rows in an optimizer step, over micro-batches and processes."""
+    return flags.batch_size * flags.grad_accum * world_size
+
+
+def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> TrainingArguments:
+    """Turn our flags into `TrainingArguments`; `extra` are fields of it named on the command line."""
+    eval_steps = flags.save_steps if flags.eval_steps is None else flags.eval_steps
+    ours = {
+        "output_dir": str(flags.model_dir),
+        "per_device_train_batch_size": flags.batch_size,
+        "per_device_eval_batch_size": flags.batch_size,
+        "gradient_accumulation_steps": flags.grad_accum,
+        "learning_rate": flags.lr,
+        "lr_scheduler_type": flags.lr_scheduler_type,
+        "warmup_steps": _count(flags.warmup_steps, max_steps),
+        "max_steps": max_steps,
+        "weight_decay": flags.weight_decay,
+        "optim": flags.optim,
+        "adam_beta1": 0.9,
+        "adam_beta2": 0.95,
+        "max_grad_norm": 1.0,
+        "bf16": flags.bf16,
+        "use_cpu": flags.device == "cpu",
+        "seed": flags.seed,
+        "logging_steps": flags.log_steps,
+        "save_steps": flags.save_steps,
+        "eval_strategy": "steps" if eval_steps else "no",
+        "eval_steps": eval_steps or None,
+        # The data set is the order: see dataset.py.
+        "train_sampling_strategy": "sequential",
+        # The filter would hide NaN from the log (hf_facts T8); RunTrainer stops on it instead.
+        "logging_nan_inf_filter": False,
+        "prediction_loss_only": True,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "report_to": "none",
+    }
+    if "lr_scheduler_kwargs" not in extra:
+        ours |= _build_schedule(flags, max_steps)
+    return TrainingArguments(**ours | extra)
+
+
+def _build_schedule(flags: TrainFlags, max_steps: int) -> dict:
+    if flags.lr_scheduler_type == "warmup_stable_decay":
+        decay = {
+            "num_decay_steps": _count(flags.decay_steps, max_steps),
+            "min_lr_ratio": flags.min_lr_ratio,
+        }
+        return {"lr_scheduler_kwargs": {**decay, "decay_type": "linear"}}
+    if not flags.min_lr_ratio:
+        return {}
+    if flags.lr_scheduler_type != "cosine":
+        raise BadFlag(f"--min_lr_ratio: {flags.lr_scheduler_type} takes none; use cosine")
+    kwargs = {"min_lr_rate": flags.min_lr_ratio}
+    return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": kwargs}
+
+
+def _count(steps: float, max_steps: int) -> int:
+    return int(steps) if steps >= 1 else round(steps * max_steps)
+
+
+@dataclass(frozen=True)
+class RunMeta:
+    """What a manifest says beside the files; see `checkpoint.write_manifest`.
+
+    Attributes:
+        fixed: keys that do not change during the run (data, tokenizer, flags, versions, parent).
+        tokens_per_step: real tokens, padding not counted.
+        save_total_limit: checkpoints that are kept.
+    """
+
+    fixed: dict
+    tokens_per_step: float
+    save_total_limit: int
+
+
+class RunTrainer(transformers.Trainer):
+    """Hugging Face's Trainer with safe saves, a finite check, and a loss weighted by tokens.
+
+    Args:
+        model: from `model.build_model` or `checkpoint.load_model`.
+        args: from `build_training_arguments`.
+        train_set: its `num_rows` is set to the length of the run.
+        val_set: read in full at each evaluation.
+        tokenizer: ours.
+        tokenizer_dir: the folder it was loaded from; its Hugging Face twin goes into every checkpoint.
+        meta: for the manifest.
+    """
+
+    def __init__(
+        self,
+        model,
+        args,
+        *,
+        train_set,
+        val_set,
+        tokenizer: Tokenizer,
+        tokenizer_dir: Path,
+        meta: RunMeta,
+        collate,
+    ):
+        train_set.num_rows = (
+            args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        )
+        super().__init__(
+            model,
+            args,
+            data_collator=collate,
+            train_dataset=train_set,
+            eval_dataset=val_set,
+            processing_class=AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True),
+        )
+        self.remove_callback(PrinterCallback)
+        self.tokenizer, self.meta = tokenizer, meta
+        self.rates: dict[str, float] = {}
+        self._staging: Path | None = None
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Return the loss over the whole val set, weighted by tokens; log it and tell the callbacks."""
+        loss = evaluate_loss(
+            self.model,
+            self.eval_dataset,
+            self.tokenizer,
+            batch_size=self.args.per_device_eval_batch_size,
+            bf16=self.args.bf16,
+        )
+        if not math.isfinite(loss.mean):
+            raise Diverged(f"step {self.state.global_step}: the val loss is {loss.mean}; lower --lr")
+        metrics = {
+            "eval_loss": loss.mean,
+            "eval_perplexity": loss.perplexity,
+            "eval_bits_per_byte": loss.bits_per_byte,
+        }
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what follows from the loss and the step; rates go to the callbacks, never into the state."""
+        if "train_runtime" in logs:
+            return
+        if "loss" in logs:
+            logs["perplexity"] = math.exp(min(logs["loss"], 700))
+            logs["bits_per_byte"] = logs["loss"] * self.train_dataset.bits_per_byte
+        logs["tokens_seen"] = self.tokens_seen
+        logs["epoch"] = self.epochs_seen
+        self.state.log_history.append({**logs, "step": self.state.global_step})
+        shown = logs | self.rates if "loss" in logs else logs
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, shown)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Real tokens that the run has trained on."""
+        return round(self.state.global_step * self.meta.tokens_per_step)
+
+    @property
+    def epochs_seen(self) -> float:
+        """Passes over the training data, as a number with a fraction."""
+        rows = self.state.global_step * len(self.train_dataset) / self.args.max_steps
+        return rows / self.train_dataset.rows_per_epoch
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Trainer asks for the norm just before the optimizer's step; a NaN in the loss shows in it too.
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not math.isfinite(norm):
+            raise Diverged(
+                f"step {self.state.global_step + 1}: the gradient norm is {float(norm)}; nothing of it was "
+                "kept: run again with a lower --lr, it goes on from the last checkpoint"
+            )
+        return norm
+
+    def _get_output_dir(self, trial) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_dir = Path(self.args.output_dir)
+        self._staging = run_dir / f"{atomic.STAGING}{os.getpid()}"
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save:
+                self._finish_checkpoint(self._staging, run_dir)
+        finally:
+            shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+
+    def _finish_checkpoint(self, staging: Path, run_dir: Path) -> None:
+        folder = staging / f"checkpoint-{self.state.global_step}"
+        # A pickle that nothing reads, with the clock in it.
+        (folder / "training_args.bin").unlink()
+        for path in folder.iterdir():
+            path.chmod(0o644)
+        step = {"step": self.state.global_step, "tokens_seen": self.tokens_seen}
+        checkpoint.write_manifest(folder, {**step, **self.meta.fixed})
+        checkpoint.publish(folder, run_dir, keep=self.meta.save_total_limit)
+
+
+class StopOnSignal(TrainerCallback):
+    """SIGTERM, SIGINT and SIGHUP: finish the step, save, stop. A second SIGINT stops at once.
+
+    A signal that the process was started to ignore (`nohup` does that to SIGHUP) stays ignored.
+    """
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def _receive(self, number, frame) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask Trainer for a save and a stop: here, between two steps, resuming is exact."""
+        if self.received:
+            control.should_save = control.should_training_stop = True
+        return control
+
+
+class Throughput(TrainerCallback):
+    """Measure tokens per second over the steps since the last log, evaluations and saves left out."""
+
+    def __init__(self, trainer: RunTrainer):
+        self.trainer = trainer
+        self._seconds, self._steps = 0.0, 0
+        self._first_step = self._begin_run = self._begin = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Start the clock of this life of the run."""
+        self._begin_run, self._first_step = time.monotonic(), state.global_step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Start the clock of a step."""
+        self._begin = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Update the rates: tokens per second, and seconds left by the pace of this life of the run."""
+        now = time.monotonic()
+        self._seconds += now - self._begin
+        self._steps += 1
+        pace = (now - self._begin_run) / (state.global_step - self._first_step)
+        self.trainer.rates = {
+            "tokens_per_second": self._steps * self.trainer.meta.tokens_per_step / self._seconds,
+            "seconds_left": pace * (state.max_steps - state.global_step),
+        }
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Begin a new window after each line of training."""
+        if "loss" in logs:
+            self._seconds, self._steps = 0.0, 0
+
+
+class RunLog(TrainerCallback):
+    """Write the run's lines: `train.log`, TensorBoard under `runs/`, and a bar or the lines on screen.
+
+    Args:
+        run_dir: the run.
+        first_step: events of later steps, written by a life that was killed, are purged.
+    """
+
+    def __init__(self, run_dir: Path, first_step: int):
+        self.writer = SummaryWriter(str(run_dir / "runs"), purge_step=first_step + 1 if first_step else None)
+        self._file = open(run_dir / "train.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._bar = None
+
+    def say(self, line: str) -> None:
+        """Write a line to train.log and to the screen, above the bar."""
+        self._file.write(line + "\n")
+        if self._bar is None:
+            print(line, flush=True)
+        else:
+            self._bar.write(line)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Open the bar, on a terminal."""
+        if sys.stderr.isatty():
+            self._bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Move the bar."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        """Write one line and the scalars."""
+        for name, value in logs.items():
+            tag = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
+            self.writer.add_scalar(tag, value, state.global_step)
+        self.writer.flush()
+        self.say(format_line(state.global_step, state.max_steps, logs))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """Close the bar; the log stays open for the last words."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def format_line(step: int, max_steps: int, logs: dict[str, float]) -> str:
+    """Return one line of train.log."""
+    head = f"step {step}/{max_steps}"
+    if "eval_loss" in logs:
+        return (
+            f"{head}  val loss {logs['eval_loss']:.4f}  ppl {logs['eval_perplexity']:.4g}"
+            f"  bpb {logs['eval_bits_per_byte']:.4f}"
+        )
+    return (
+        f"{head}  loss {logs['loss']:.4f}  ppl {logs['perplexity']:.4g}  bpb {logs['bits_per_byte']:.4f}"
+        f"  lr {logs['learning_rate']:.2e}  grad {logs['grad_norm']:.3f}"
+        f"  tok/s {logs['tokens_per_second']:,.0f}  tokens {logs['tokens_seen']:,}"
+        f"  epoch {logs['epoch']:.2f}  left {format_seconds(logs['seconds_left'])}"
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a length of time for people: `2d03h`, `3h20m`, `4m05s`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+class Samples(TrainerCallback):
+    """Answer fixed prompts greedily at each evaluation, as text in TensorBoard and in train.log.
+
+    Args:
+        prompts: one user turn each.
+        log: where the replies go.
+        tokenizer: ours.
+        context: tokens that prompt and reply may use.
+    """
+
+    def __init__(self, prompts: list[str], log: RunLog, tokenizer: Tokenizer, context: int):
+        self.prompts, self.log, self.tokenizer, self.context = prompts, log, tokenizer, context
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        """Ask each prompt in a session of its own."""
+        was_training = model.training
+        model.eval()
+        for prompt in self.prompts:
+            session = ChatSession(
+                model, self.tokenizer, context=self.context, sampling=Sampling(max_new_tokens=48)
+            )
+            reply = session.ask(prompt)
+            self.log.say(f"  {prompt}  ->  {reply!r}")
+            self.log.writer.add_text(f"samples/{prompt}", reply, state.global_step)
+        model.train(was_training)

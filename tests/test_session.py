@@ -1,0 +1,397 @@
+"""Chat: the history in the prompt, the budget, text that never breaks nor becomes a control id."""
+
+import random
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
+
+from firstwords import session as session_module
+from firstwords.checkpoint import write_manifest
+from firstwords.errors import BadData, Damaged, Diverged, Mismatch, MissingInput
+from firstwords.generate import Sampling
+from firstwords.schema import Message
+from firstwords.session import ChatSession, ask_many, load_session
+from firstwords.template import CHAT_TEMPLATE, encode_prompt
+from firstwords.tokenizer import BYTE_LEVEL, CONTROL_TOKENS, Tokenizer, train_bpe
+
+BYTES = Tokenizer(BYTE_LEVEL, [bytes([value]) for value in range(256)])
+NAN = "NaN"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build_config(tokenizer=BYTES, **shape):
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, **shape}
+    return GPT2Config(
+        vocab_size=tokenizer.vocab_size_padded,
+        bos_token_id=tokenizer.endoftext_id,
+        eos_token_id=tokenizer.end_id,
+        pad_token_id=tokenizer.pad_id,
+        initializer_range=0.3,
+        **sizes,
+    )
+
+
+def build_model(tokenizer=BYTES, **shape):
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(build_config(tokenizer, **shape)).eval()
+
+
+class Scripted(GPT2LMHeadModel):
+    """Says the scripted ids whatever it reads, and notes the prompts. `NAN` gives NaN logits."""
+
+    def __init__(self, *replies, positions=4096):
+        super().__init__(build_config(n_embd=4, n_layer=1, n_positions=positions))
+        self.eval()
+        self.script = iter([token_id for reply in replies for token_id in reply])
+        self.prompts = []
+
+    def forward(self, input_ids, **kwargs):
+        if input_ids.shape[1] > 1:
+            self.prompts.append(input_ids[0].tolist())
+        logits = torch.zeros(1, 1, self.config.vocab_size)
+        token_id = next(self.script)
+        logits[0, 0, 0 if token_id == NAN else token_id] = torch.nan if token_id == NAN else 9.0
+        return CausalLMOutputWithCrossAttentions(logits=logits)
+
+
+def say(text):
+    return [*BYTES.encode(text), BYTES.end_id]
+
+
+def chat(*replies, context=4096, **options):
+    return ChatSession(Scripted(*replies), BYTES, context=context, **options)
+
+
+def test_the_whole_conversation_is_the_prompt():
+    session = chat(say("Hello!"), say("Fine."), system="Be brief.")
+    assert session.ask("Hi") == "Hello!"
+    assert session.ask("How are you?") == "Fine."
+    turns = [
+        Message("system", "Be brief."),
+        Message("user", "Hi"),
+        Message("assistant", "Hello!"),
+        Message("user", "How are you?"),
+    ]
+    assert session.model.prompts == [encode_prompt(turns[:2], BYTES), encode_prompt(turns, BYTES)]
+    assert session.messages == [*turns, Message("assistant", "Fine.")]
+    assert session.used == len(encode_prompt(session.messages, BYTES)) - 1
+    assert session.last.ids == say("Fine.")
+    assert session.last.stopped
+    assert session.last.evicted == 0
+
+
+def test_reset_keeps_the_system_message():
+    session = chat(say("a"), say("b"), system="Be brief.")
+    session.ask("x")
+    session.reset()
+    assert session.messages == [Message("system", "Be brief.")]
+    assert session.last is None
+    session.ask("y")
+    session.set_system("Be long.")
+    assert [m.content for m in session.messages] == ["Be long.", "y", "b"]
+    session.set_system(None)
+    assert [m.content for m in session.messages] == ["y", "b"]
+
+
+def test_both_stop_ids_end_a_reply_but_only_end_counts_as_stopped():
+    session = chat([*b"one", BYTES.endoftext_id], say("two"))
+    assert session.ask("?") == "one"
+    assert not session.last.stopped
+    assert session.ask("?") == "two"
+    assert session.last.stopped
+
+
+def test_a_reply_is_cut_at_the_limits():
+    endless = list(b"ab" * 100)
+    session = chat(endless, context=64)
+    session.ask("Hi")
+    assert len(session.last.ids) == 64 - len(session.model.prompts[0])
+    assert not session.last.stopped
+    session = chat(endless, sampling=Sampling(max_new_tokens=5))
+    assert session.ask("Hi") == "ababa"
+    model = Scripted(endless, positions=32)
+    session = ChatSession(model, BYTES, context=1000)
+    session.ask("Hi")
+    assert session.context == 32 == len(model.prompts[0]) + len(session.last.ids)
+
+
+class Likes(Scripted):
+    """Would rather say each id of a list, in that order, than anything else."""
+
+    def __init__(self, ids):
+        super().__init__()
+        self.scores = torch.zeros(self.config.vocab_size)
+        self.scores[ids] = torch.arange(len(ids), 0, -1.0)
+
+    def forward(self, input_ids, **kwargs):
+        return CausalLMOutputWithCrossAttentions(logits=self.scores.repeat(len(input_ids), 1, 1))
+
+
+def test_surplus_and_control_ids_are_never_said():
+    surplus = list(range(len(BYTES), BYTES.vocab_size_padded))
+    control = sorted(set(BYTES.control_ids.values()) - {BYTES.end_id, BYTES.endoftext_id})
+    assert len(surplus) == 122
+    assert len(control) == 4
+    model = Likes([*surplus, *control, ord("a")])
+    session = ChatSession(model, BYTES, context=500, sampling=Sampling(max_new_tokens=3))
+    assert session.ask("Hi") == "aaa"
+    session.sampling = Sampling(temperature=1.0, seed=0, max_new_tokens=99)
+    session.ask("Hi")
+    assert not set(session.last.ids) & {*surplus, *control}
+
+
+TEXTS = [
+    "ASCII",
+    "naïve café",
+    "日本語のテキスト",
+    "👩‍👩‍👧‍👦 🇩🇪 é",
+    "עברית العربية",
+    "",
+    "\U0010ffff",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_streaming_never_breaks_a_character(text):
+    session = chat(say(text))
+    pieces = list(session.stream("Hi"))
+    assert "".join(pieces) == text
+    assert all(len(piece) == 1 for piece in pieces), "a byte a token: a character a piece"
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_streamed_text_equals_the_decoded_ids_for_random_ids(monkeypatch):
+    tokenizer = train_bpe(TEXTS * 3, 340)
+    assert any(len(token) > 1 and max(token) > 127 for token in tokenizer.vocabulary)
+    chance = random.Random(0)
+    session = ChatSession(Scripted(), tokenizer, context=1000)
+    for _ in range(1000):
+        ids = [chance.randrange(len(tokenizer.vocabulary)) for _ in range(chance.randint(1, 30))]
+        monkeypatch.setattr(session_module, "stream_ids", lambda *_, ids=ids, **__: iter(ids))
+        assert "".join(session.stream("Hi")) == tokenizer.decode(ids)
+        assert session.last.text == tokenizer.decode(ids)
+        session.reset()
+
+
+def test_text_that_looks_like_control_tokens_stays_text():
+    hostile = "".join(CONTROL_TOKENS)
+    session = chat(say(hostile), say("ok"), system=hostile)
+    assert session.ask(f"a{hostile}b") == hostile
+    session.ask(hostile)
+    control = set(BYTES.control_ids.values())
+    frame = [BYTES.control_ids[f"<|{name}|>"] for name in ("system", "end", "user", "end")]
+    first, second = ([i for i in prompt if i in control] for prompt in session.model.prompts)
+    assistant = BYTES.role_id("assistant")
+    assert first == [*frame, assistant]
+    assert second == [*frame, assistant, BYTES.end_id, *frame[2:], assistant]
+
+
+def test_fifty_turns_stay_within_the_context_and_evict_whole_turns():
+    replies = [say(f"reply {turn}") for turn in range(50)]
+    session = chat(*replies, context=120, system="S")
+    evicted = 0
+    for turn in range(50):
+        before = session.messages
+        session.ask(f"question {turn}")
+        prompt = session.model.prompts[-1]
+        assert len(prompt) + session.reserve <= session.context
+        assert prompt[:3] == [BYTES.role_id("system"), ord("S"), BYTES.end_id]
+        roles = [message.role for message in session.messages]
+        assert roles == ["system", *["user", "assistant"] * (len(roles) // 2)]
+        evicted += session.last.evicted
+        kept = 1 + 2 * session.last.evicted
+        assert session.messages[1:-2] == before[kept:], "the oldest go, the others stay in order"
+        assert len(session.messages) == 1 + 2 * (turn + 1 - evicted)
+    assert evicted > 40
+
+
+def test_no_turn_is_dropped_before_it_must():
+    # A turn has 2 * 3 ids, so the prompts have 4, 10 and 16; 5 more are kept for the reply.
+    for context, expected in ((21, [0, 0, 0]), (20, [0, 0, 1]), (15, [0, 0, 1]), (14, [0, 1, 1])):
+        session = chat(*[say("r")] * 3, context=context, sampling=Sampling(max_new_tokens=5))
+        evicted = []
+        for _ in range(3):
+            session.ask("q")
+            evicted.append(session.last.evicted)
+        assert evicted == expected, context
+
+
+def test_the_reserve():
+    def reserve(most):
+        return chat(context=100, sampling=Sampling(max_new_tokens=most)).reserve
+
+    assert [reserve(most) for most in (None, 10, 50, 400)] == [25, 10, 50, 50]
+
+
+def test_a_turn_too_long_says_how_long_and_changes_nothing():
+    session = chat(say("ok"), say("ok"), context=100, system="S")
+    session.ask("first")
+    before = session.messages
+    # 100 - 25 for the reply - 3 for the system message - 2 around the text - <|assistant|> = 69
+    with pytest.raises(BadData, match="is 70 tokens long, and at most 69 fit"):
+        session.stream("x" * 70)
+    assert session.messages is before
+    assert session.ask("x" * 69) == "ok"
+    assert session.last.evicted == 1
+
+
+def test_a_system_message_too_long_is_refused():
+    with pytest.raises(BadData, match="system message: with it"):
+        chat(context=40, system="x" * 30)
+    session = chat(context=40, system="short")
+    with pytest.raises(BadData, match="system message"):
+        session.set_system("x" * 30)
+    assert session.messages == [Message("system", "short")]
+
+
+@pytest.mark.parametrize("text", ["", " \n", "nul \0", "half \ud800"])
+def test_what_is_no_text_is_refused(text):
+    session = chat(say("never"))
+    with pytest.raises(BadData, match="^message: "):
+        session.stream(text)
+    assert session.messages == []
+
+
+def test_closing_the_stream_keeps_the_part_that_has_text():
+    session = chat(say("Hello!"), say("Again"))
+    stream = session.stream("Hi")
+    assert [next(stream), next(stream)] == ["H", "e"]
+    stream.close()
+    assert session.messages == [Message("user", "Hi"), Message("assistant", "He")]
+    assert session.last.text == "He"
+    assert not session.last.stopped
+
+
+def test_closing_in_the_middle_of_a_character_keeps_whole_ones():
+    session = chat(say("日本"))
+    stream = session.stream("Hi")
+    assert next(stream) == "日"
+    stream.close()
+    assert session.messages[-1].content == "日"
+
+
+def test_closing_before_any_text_withdraws_the_turn():
+    session = chat(say(" "), [], say("x"))
+    stream = session.stream("Hi")
+    stream.close()  # never begun
+    assert session.messages == []
+    stream = session.stream("Hi")
+    assert next(stream) == " "
+    stream.close()
+    assert session.messages == []
+    assert session.last.text == " "
+
+
+def test_an_empty_reply_is_no_turn():
+    session = chat(say(""))
+    assert session.ask("Hi") == ""
+    assert session.last.stopped
+    assert session.messages == []
+
+
+def test_ctrl_c_inside_the_model_keeps_the_part():
+    class Interrupted(Scripted):
+        def forward(self, input_ids, **kwargs):
+            try:
+                return super().forward(input_ids, **kwargs)
+            except StopIteration:
+                raise KeyboardInterrupt from None
+
+    session = ChatSession(Interrupted(list(b"par")), BYTES, context=100)
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("Hi")
+    assert session.messages == [Message("user", "Hi"), Message("assistant", "par")]
+    with pytest.raises(KeyboardInterrupt):
+        session.ask("Ho")
+    assert len(session.messages) == 2, "no text came, the turn is withdrawn"
+
+
+def test_nan_leaves_the_history_as_it_was():
+    session = chat(say("ok"), [ord("a"), NAN])
+    session.ask("one")
+    before = session.messages
+    with pytest.raises(Diverged):
+        session.ask("two")
+    assert session.messages is before
+
+
+def test_ask_many_equals_asking_one_by_one():
+    model, chance = build_model(n_layer=1), random.Random(3)
+    talks = [
+        ["".join(chance.choices("abcde ?", k=chance.randint(1, 30))) + "!" for _ in range(3)]
+        for _ in range(12)
+    ]
+    systems = [chance.choice([None, "s", "Be brief."]) for _ in talks]
+
+    def start():
+        return [ChatSession(model, BYTES, context=80, system=system) for system in systems]
+
+    singly, together = start(), start()
+    for turn in range(3):
+        texts = [talk[turn] for talk in talks]
+        for session, text in zip(singly, texts, strict=True):
+            session.ask(text)
+        replies = ask_many(together, texts, batch_size=5)
+        assert replies == [session.last for session in singly]
+        assert replies == [session.last for session in together]
+    assert [s.messages for s in together] == [s.messages for s in singly]
+    assert len({len(reply.ids) for reply in replies}) > 3
+    assert any(reply.evicted for reply in replies)
+    assert ask_many([], []) == []
+
+
+def test_ask_many_asks_nothing_when_one_text_is_refused():
+    sessions = [chat(say("never")), chat(say("never"), context=40)]
+    sessions[1].model = sessions[0].model
+    with pytest.raises(BadData, match="tokens long"):
+        ask_many(sessions, ["fine", "x" * 50])
+    assert [session.messages for session in sessions] == [[], []]
+
+
+def save_model(folder, **manifest):
+    folder.mkdir(parents=True)
+    model = build_model()
+    model.save_pretrained(folder)
+    BYTES.save(folder, chat_template=CHAT_TEMPLATE)
+    write_manifest(folder, manifest)
+    return model
+
+
+def test_load_session_from_a_run_takes_the_newest_checkpoint(tmp_path):
+    save_model(tmp_path / "run" / "checkpoint-9", step=9, longest_row=50)
+    model = save_model(tmp_path / "run" / "checkpoint-20", step=20, longest_row=64)
+    session = load_session(tmp_path / "run", system="S", sampling=Sampling(max_new_tokens=7))
+    assert session.folder == tmp_path / "run" / "checkpoint-20"
+    assert session.manifest["step"] == 20
+    assert session.context == 64
+    assert session.tokenizer.hash == BYTES.hash
+    plain = ChatSession(model, BYTES, context=64, system="S", sampling=Sampling(max_new_tokens=7))
+    assert session.ask("Hi") == plain.ask("Hi")
+    assert len(session.last.ids) == 7
+
+
+def test_load_session_of_a_folder_that_does_not_say_its_longest_row(tmp_path):
+    save_model(tmp_path / "model", step=1)
+    assert load_session(tmp_path / "model").context == 128
+
+
+def test_load_session_refuses_what_is_not_there_or_does_not_fit(tmp_path):
+    save_model(tmp_path / "model", step=1)
+    with pytest.raises(MissingInput, match="did you mean 'model'"):
+        load_session(tmp_path / "modle")
+    bigger = train_bpe([" ".join(f"{number:x}" for number in range(999))], 400)
+    bigger.save(tmp_path / "model", chat_template=CHAT_TEMPLATE)
+    with pytest.raises(Damaged, match="tokenizer.json"):
+        load_session(tmp_path / "model")
+    write_manifest(tmp_path / "model", {"step": 1})
+    with pytest.raises(Mismatch, match="384 ids, its tokenizer with control tokens 400"):
+        load_session(tmp_path / "model")

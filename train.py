@@ -1,0 +1,362 @@
+#!/usr/bin/env python
+"""Train a GPT-2 style model: stage A on plain text, stage B on conversations.
+
+  python train.py --data_dir data/text --model_dir runs/base --cfg small_test --no_assistant_only_loss \\
+      --seq_len 256 --batch_size 16 --max_steps 1000
+  python train.py --data_dir data/chat --model_dir runs/chat --init_model_dir runs/base \\
+      --seq_len 256 --batch_size 16 --max_steps 2000
+
+The same command again goes on from the last checkpoint. Ctrl-C or SIGTERM saves first (exit 75).
+"""
+
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from firstwords import atomic
+from firstwords.args import TrainFlags, parse_train_args, run_main
+from firstwords.errors import BadFlag, CannotCreate, Mismatch, MissingInput, OutOfMemory, Stopped
+
+MODELS = Path(__file__).parent / "configs" / "models"
+
+# Flags that do not change what is computed at a step, so that a resumed run may change them.
+FREE_FLAGS = {
+    *("data_dir", "model_dir", "init_model_dir", "recipe", "resume", "allow_change", "debug", "device"),
+    *("cfg", "tokenizer", "log_steps", "save_steps", "eval_steps", "save_total_limit"),
+    *("sample_prompts", "epochs", "max_steps"),
+}
+
+
+def main(argv: list[str]) -> None:
+    """Parse the flags, take the lock of the run, train."""
+    flags, extra = parse_train_args(argv, __doc__)
+    check_flags(flags)
+    with atomic.lock_folder(flags.model_dir):
+        atomic.sweep_leftovers(flags.model_dir)
+        train(flags, extra)
+
+
+def check_flags(flags: TrainFlags) -> None:
+    """Refuse what needs no look at any file.
+
+    Raises:
+        BadFlag: for a flag that is missing, out of range, or contradicts another.
+    """
+    for name in ("data_dir", "model_dir"):
+        if getattr(flags, name) is None:
+            raise BadFlag(f"--{name}: is missing; see --help")
+    if (flags.cfg is None) == (flags.init_model_dir is None):
+        raise BadFlag("--cfg: give either --cfg (random weights) or --init_model_dir (weights to start from)")
+    for name in (
+        "seq_len",
+        "batch_size",
+        "grad_accum",
+        "log_steps",
+        "save_steps",
+        "save_total_limit",
+    ):
+        least = 2 if name == "seq_len" else 1
+        if getattr(flags, name) < least:
+            raise BadFlag(f"--{name}: is {getattr(flags, name)}; give {least} or more")
+    if not flags.lr > 0:
+        raise BadFlag(f"--lr: is {flags.lr}; give a number above 0")
+
+
+def train(flags: TrainFlags, extra: dict) -> None:
+    """Build everything, train, and end with the finished model in the run folder."""
+    import torch
+    import transformers
+
+    from firstwords import checkpoint, trainer
+    from firstwords.dataset import collate, open_train, open_val
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    flags.device = choose_device(flags)
+    tokenizer_dir, tokenizer = open_tokenizer(flags)
+    options = {"assistant_only": flags.assistant_only_loss, "overlong": flags.overlong}
+    model, parent = open_model(flags, tokenizer)
+    check_context(flags, model)
+    train_set = open_train(flags.data_dir, tokenizer, flags.seq_len, seed=flags.seed, **options)
+    val_set = open_val(flags.data_dir, tokenizer, flags.seq_len, **options)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    max_steps = trainer.count_steps(flags, train_set.rows_per_epoch, world_size)
+    meta = build_meta(flags, extra, model.config, train_set, tokenizer, parent, max_steps, world_size)
+    resumed = find_resumed(flags, meta.fixed)
+    if checkpoint.is_complete(flags.model_dir):
+        print(f"{flags.model_dir}: finished at step {max_steps}; nothing to do")
+        return
+    run = trainer.RunTrainer(
+        model,
+        trainer.build_training_arguments(flags, extra, max_steps),
+        train_set=train_set,
+        val_set=val_set,
+        tokenizer=tokenizer,
+        tokenizer_dir=tokenizer_dir,
+        meta=meta,
+        collate=collate,
+    )
+    log = add_callbacks(run, flags, tokenizer, first_step=checkpoint.read_step(resumed))
+    announce(log, flags, run, resumed)
+    stop = trainer.StopOnSignal()
+    run.add_callback(stop)
+    try:
+        run.train(resume_from_checkpoint=str(resumed) if resumed else None)
+    except torch.OutOfMemoryError:
+        raise OutOfMemory(
+            f"--batch_size {flags.batch_size} rows of --seq_len {flags.seq_len} do not fit; halve "
+            "--batch_size and double --grad_accum: the steps stay the same"
+        ) from None
+    finish(run, flags, log, stop)
+
+
+def choose_device(flags: TrainFlags) -> str:
+    """Return `cpu`, `cuda` or `mps`, and refuse what the machine cannot do.
+
+    Raises:
+        BadFlag: for a device that is not there, or bf16 that it has not.
+    """
+    import torch
+
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    device = flags.device
+    if device == "auto":
+        device = next(name for name in ("cuda", "mps", "cpu") if there[name])
+    if not there[device]:
+        raise BadFlag(f"--device {device}: this machine has none; use --device cpu")
+    if flags.bf16 and not has_bf16(device):
+        raise BadFlag(f"--bf16: this {device} cannot compute in bfloat16; leave it out")
+    return device
+
+
+def has_bf16(device: str) -> bool:
+    """Tell whether bfloat16 is computed in hardware: on a CPU, by avx512_bf16 or AMX."""
+    import torch
+
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def open_tokenizer(flags: TrainFlags):
+    """Return the folder of the data's tokenizer, and the tokenizer."""
+    from firstwords.checkpoint import check_folder
+    from firstwords.tokenizer import load_tokenizer
+
+    check_folder(flags.data_dir, "--data_dir")
+    folder = Path(flags.tokenizer) if flags.tokenizer else flags.data_dir
+    if not (folder / "tokenizer.json").is_file():
+        raise MissingInput(
+            f"--data_dir {flags.data_dir}: holds no tokenizer.json; name the folder of the tokenizer that "
+            "made the data with --tokenizer"
+        )
+    return folder, load_tokenizer(folder)
+
+
+def open_model(flags: TrainFlags, tokenizer):
+    """Return the model to train and what the manifest says about its parent (`{}` of random weights)."""
+    from firstwords import checkpoint
+    from firstwords.model import build_model, grow_vocabulary, set_generation
+
+    if flags.cfg is not None:
+        return build_model(find_config(flags.cfg), tokenizer, seed=flags.seed), {}
+    if flags.init_model_dir.startswith("hub:"):
+        folder = checkpoint.download_model(flags.init_model_dir.removeprefix("hub:"))
+    else:
+        folder = checkpoint.find_init(Path(flags.init_model_dir))
+    model = checkpoint.load_model(folder)
+    parent = check_parent(folder, model, tokenizer)
+    grow_vocabulary(model, tokenizer)
+    set_generation(model, tokenizer)
+    return model, parent
+
+
+def find_config(cfg: Path) -> Path:
+    """Return the path of a model configuration, named by path or by its name in configs/models."""
+    named = MODELS / f"{cfg}.json"
+    return named if not cfg.is_file() and named.is_file() else cfg
+
+
+def check_parent(folder: Path, model, tokenizer) -> dict:
+    """Return the parent's part of the manifest.
+
+    Raises:
+        Mismatch: when the parent's tokenizer is another one than the data's.
+    """
+    from firstwords import checkpoint
+    from firstwords.tokenizer import load_tokenizer
+
+    theirs = load_tokenizer(folder)
+    if theirs.hash != tokenizer.hash:
+        raise Mismatch(
+            f"--init_model_dir {folder}: its tokenizer ({len(theirs)} tokens, {theirs.hash[:8]}) is not "
+            f"the data's ({len(tokenizer)}, {tokenizer.hash[:8]}); prepare the data with --tokenizer {folder}"
+        )
+    manifest = checkpoint.read_manifest(folder)
+    if not manifest:
+        print(f"{folder}: has no manifest, its files were not verified")
+        return {"longest_row": model.config.n_positions, "weights": "not verified"}
+    return {
+        "step": manifest["step"],
+        "longest_row": manifest["longest_row"],
+        "weights": manifest["files"]["model.safetensors"]["sha256"],
+    }
+
+
+def check_context(flags: TrainFlags, model) -> None:
+    """Raise `BadFlag` when rows are longer than the model's context."""
+    if flags.seq_len > model.config.n_positions:
+        raise BadFlag(
+            f"--seq_len {flags.seq_len}: the model's context is {model.config.n_positions}; give that or less"
+        )
+
+
+def build_meta(flags, extra, config, train_set, tokenizer, parent, max_steps, world_size):
+    """Return what every manifest of the run says; `compare` in it is what resuming holds fast."""
+    from firstwords import trainer
+    from firstwords.model import CONFIG_KEYS
+
+    held = {k: v for k, v in vars(flags).items() if k not in FREE_FLAGS} | extra
+    held["shape"] = {key: getattr(config, key) for key in CONFIG_KEYS}
+    compare = {
+        **{name: str(value) for name, value in sorted(held.items())},
+        "max_steps": str(max_steps),
+        "data": train_set.hash,
+        "tokenizer": tokenizer.hash,
+        "init_weights": parent.get("weights", "random"),
+        "world_size": str(world_size),
+    }
+    packages = ("torch", "transformers", "accelerate", "tokenizers")
+    fixed = {
+        "format": "firstwords-checkpoint-1",
+        "max_steps": max_steps,
+        "longest_row": max(train_set.longest_row, parent.get("longest_row", 0)),
+        "tokenizer_hash": tokenizer.hash,
+        "data_dir": str(flags.data_dir),
+        "flags": {name: str(value) for name, value in vars(flags).items() if value is not None} | extra,
+        "compare": compare,
+        "parent": {"from": flags.init_model_dir, **parent} if parent else None,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+    }
+    fixed["flags"].pop("model_dir")
+    rows = trainer.rows_per_step(flags, world_size)
+    return trainer.RunMeta(fixed, rows * train_set.tokens_per_row, flags.save_total_limit)
+
+
+def find_resumed(flags: TrainFlags, fixed: dict) -> Path | None:
+    """Return the checkpoint to go on from, or None for a fresh run.
+
+    Raises:
+        CannotCreate: when the folder is used and `--resume no` was given.
+        Mismatch: when flags or data are not those of the run.
+        Damaged: when checkpoints are there and none is whole.
+    """
+    from firstwords import checkpoint
+
+    used = checkpoint.is_complete(flags.model_dir) or checkpoint.list_checkpoints(flags.model_dir)
+    if used and flags.resume == "no":
+        raise CannotCreate(
+            f"--model_dir {flags.model_dir}: is used already; name another or leave --resume out"
+        )
+    if checkpoint.is_complete(flags.model_dir):
+        folder = flags.model_dir
+    else:
+        folder, passed_over = checkpoint.find_resumable(flags.model_dir)
+        for reason in passed_over:
+            print(f"passed over: {reason}", file=sys.stderr)
+    if folder is not None:
+        compare_runs(flags, checkpoint.read_manifest(folder)["compare"], fixed["compare"])
+        checkpoint.set_aside(flags.model_dir, checkpoint.read_step(folder))
+    return folder
+
+
+def compare_runs(flags: TrainFlags, theirs: dict, ours: dict) -> None:
+    """Raise `Mismatch` naming what differs from the run that is gone on with, unless allowed."""
+    allowed = [name.strip().removeprefix("--") for name in flags.allow_change.split(",")]
+    changed = [
+        f"{name} was {theirs.get(name)}, is {ours.get(name)}"
+        for name in sorted(theirs | ours)
+        if theirs.get(name) != ours.get(name) and name not in allowed
+    ]
+    if changed:
+        raise Mismatch(
+            f"--model_dir {flags.model_dir}: the run there is another one ({'; '.join(changed)}); name "
+            "another folder, or allow it with --allow_change"
+        )
+
+
+def add_callbacks(run, flags: TrainFlags, tokenizer, *, first_step: int):
+    """Attach throughput, log and samples in the order in which they hear of things; return the log."""
+    from firstwords import trainer
+
+    log = trainer.RunLog(flags.model_dir, first_step)
+    run.add_callback(trainer.Throughput(run))
+    run.add_callback(log)
+    prompts = read_prompts(flags)
+    if prompts:
+        context = run.meta.fixed["longest_row"]
+        run.add_callback(trainer.Samples(prompts, log, tokenizer, context))
+    return log
+
+
+def read_prompts(flags: TrainFlags) -> list[str]:
+    """Return the sample prompts: of the file, or three first questions of the val set."""
+    from firstwords.schema import read_jsonl
+
+    if flags.sample_prompts is not None:
+        if not flags.sample_prompts.is_file():
+            raise MissingInput(f"--sample_prompts {flags.sample_prompts}: is not there")
+        return [line for line in flags.sample_prompts.read_text(encoding="utf-8").splitlines() if line]
+    path = flags.data_dir / "val.jsonl"
+    if not path.is_file():
+        return []
+    rows = [row for (_, row), _ in zip(read_jsonl(path), range(3), strict=False)]
+    firsts = [[turn for turn in row["messages"] if turn["role"] == "user"][0] for row in rows]
+    return [turn["content"] for turn in firsts]
+
+
+def announce(log, flags: TrainFlags, run, resumed: Path | None) -> None:
+    """Say what this run is, before the first step."""
+    data, arguments = run.train_dataset, run.args
+    log.say(
+        f"{flags.model_dir}: {run.model.num_parameters():,} parameters on {arguments.device}"
+        f"{', bf16' if arguments.bf16 else ''}; {arguments.max_steps} steps of "
+        f"{run.meta.tokens_per_step:,.0f} tokens, {len(data) / data.rows_per_epoch:.2f} epochs of "
+        f"{data.rows_per_epoch:,} rows"
+    )
+    if getattr(data, "num_overlong", 0):
+        log.say(
+            f"{data.num_overlong} conversations are longer than --seq_len {flags.seq_len}: "
+            f"--overlong {flags.overlong} costs {data.dropped_tokens:,} tokens"
+        )
+    if resumed:
+        log.say(f"going on from {resumed}")
+
+
+def finish(run, flags: TrainFlags, log, stop) -> None:
+    """Make the run folder the finished model, or say how to go on.
+
+    Raises:
+        Stopped: when a signal ended the run before its last step.
+    """
+    from firstwords import checkpoint
+
+    step = run.state.global_step
+    if step < run.args.max_steps:
+        raise Stopped(
+            f"{flags.model_dir}: stopped by {stop.received.name} and saved at step {step} of "
+            f"{run.args.max_steps}; the same command goes on"
+        )
+    checkpoint.publish_final(checkpoint.list_checkpoints(flags.model_dir)[0], flags.model_dir)
+    log.say(f"{flags.model_dir}: finished, {run.tokens_seen:,} tokens in {step} steps")
+    log.writer.close()
+
+
+if __name__ == "__main__":
+    run_main(main)
