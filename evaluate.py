@@ -57,7 +57,10 @@ def parse_args(argv: list[str]):
 
 def asks_questions(wish: str, manifest: dict) -> bool:
     """Tell whether the questions of pydocs are asked."""
-    return wish == "pydocs" or (wish == "auto" and manifest.get("dataset") == "pydocs-chat")
+    if wish != "auto":
+        return wish == "pydocs"
+    is_chat = manifest.get("flags", {}).get("assistant_only_loss") == "True"
+    return is_chat and any("pydocs" in source for source in manifest.get("sources", []))
 
 
 def measure_answers(session, model_dir: Path, seed: int) -> dict:

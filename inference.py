@@ -65,19 +65,25 @@ def open_session(flags):
     """Load what `--model_dir` names and say what that is."""
     from transformers.utils import logging
 
-    from firstwords.generate import Sampling
     from firstwords.session import load_session
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    names = [spec.name for spec in fields(Sampling)]
-    sampling = Sampling(**{name: getattr(flags, name) for name in names})
     device, why = pick_device(flags.device)
-    session = load_session(flags.model_dir, device=device, system=flags.system or None, sampling=sampling)
+    session = load_session(
+        flags.model_dir, device=device, system=flags.system or None, sampling=build_sampling(flags)
+    )
     step = session.manifest.get("step", "unknown")
     size = f"{session.model.num_parameters():,} weights, context {session.context} tokens"
     say(f"loaded {session.folder}: step {step}, {size}, on {device}{why}")
     return session
+
+
+def build_sampling(flags):
+    """Return the flags that `generate.Sampling` knows as one; it checks their ranges."""
+    from firstwords.generate import Sampling
+
+    return Sampling(**{spec.name: getattr(flags, spec.name) for spec in fields(Sampling)})
 
 
 def pick_device(name: str) -> tuple[str, str]:

@@ -42,7 +42,7 @@ from firstwords.schema import Message, RowError, conversation_row, format_row
 from firstwords.sources import Sample, find_place, find_shape, read_rows, to_conversation
 from firstwords.sources.places import ROW_SUFFIXES
 from firstwords.template import CHAT_TEMPLATE, encode_chat
-from firstwords.tokenizer import Tokenizer, build_tokenizer, load_tokenizer
+from firstwords.tokenizer import Tokenizer, build_tokenizer, learns_from_text, load_tokenizer
 
 FORMAT = "firstwords-chats-1"
 REPORT = "data_report.json"
@@ -120,9 +120,10 @@ def check_flags(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Prepare the conversations, or say that they are there."""
     args = parse_flags(argv)
+    prep.refuse_out_dir_inside(args.dataset, args.out_dir)
     made_by = {"command": prep.describe_flags(args), "sources": describe_sources(args)}
     tokenizer = None
-    if not prep.learns_from_text(args.tokenizer):
+    if not learns_from_text(args.tokenizer):
         tokenizer = build_tokenizer(args.tokenizer, ())
         made_by["tokenizer_hash"] = tokenizer.hash
     if prep.is_finished(args.out_dir, REPORT, made_by, overwrite=args.overwrite):
@@ -305,7 +306,7 @@ def write_splits(
 
 
 class SplitWriter:
-    """One split: its conversations (contract 1), their tokens (contract 2), and the counts of both."""
+    """One split: its conversations (contract 1), their tokens (contract 2), and their counts."""
 
     def __init__(self, staging: Path, split: str, seq_len: int):
         self.counts: Counter[str] = Counter()
@@ -409,7 +410,7 @@ def format_learned(out_dir: Path, count: int, *, in_colour: bool) -> Iterator[st
 
 
 def _mark_learned(ids: list[int], mask: list[int], tokenizer: Tokenizer, begin: str, end: str) -> str:
-    """Decode runs of tokens that are learned or not, so that no character is torn; a turn a line."""
+    """Decode in runs that are learned or not, so that no character is torn; a turn a line."""
     shown, run = [], []
     for token, learned, next_learned in zip(ids, mask, [*mask[1:], None], strict=True):
         run.append(token)

@@ -22,7 +22,7 @@ import sys
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
 
@@ -31,11 +31,11 @@ from tqdm import tqdm
 from firstwords import prep, pydocs, tokenstore
 from firstwords.args import build_parser, run_main
 from firstwords.atomic import stage_folder
-from firstwords.errors import BadData
+from firstwords.errors import BadData, MissingInput
 from firstwords.schema import RowError, format_row
 from firstwords.sources import SPLIT_DOCS, Document, Sample, find_place, read_texts
 from firstwords.template import CHAT_TEMPLATE
-from firstwords.tokenizer import Tokenizer, build_tokenizer
+from firstwords.tokenizer import Tokenizer, build_tokenizer, learns_from_text
 
 REPORT = "corpus.json"
 VAL_PCT, VAL_PCT_SINGLE = 1.0, 10.0
@@ -91,9 +91,10 @@ def main(argv: list[str] | None = None) -> None:
     """Prepare the corpus, or say that it is there."""
     args = parse_flags(argv)
     corpus = Corpus(args)
+    prep.refuse_out_dir_inside(args.dataset, args.out_dir)
     made_by = {"command": prep.describe_flags(args), "sources": corpus.describe()}
     tokenizer = None
-    if not prep.learns_from_text(args.tokenizer):
+    if not learns_from_text(args.tokenizer):
         tokenizer = build_tokenizer(args.tokenizer, ())
         made_by["tokenizer_hash"] = tokenizer.hash
     if prep.is_finished(args.out_dir, REPORT, made_by, overwrite=args.overwrite):
@@ -168,7 +169,7 @@ class Corpus:
         """Return what the corpus is made from, for the report."""
         if self._place:
             return self._place.describe()
-        packages = {name: version(name) for name in self._args.pydocs_packages}
+        packages = {name: find_version(name) for name in self._args.pydocs_packages}
         return [{"pydocs": f"Python {platform.python_version()}", "packages": packages}]
 
     def read(self) -> Iterator[Document]:
@@ -202,6 +203,20 @@ class Corpus:
                 if not isinstance(document.pieces, RowError):
                     spool.write(format_row({"text": "".join(document.pieces)}))
                 yield document
+
+
+def find_version(package: str) -> str:
+    """Return the version of an installed package.
+
+    Raises:
+        MissingInput: when it is not installed.
+    """
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        raise MissingInput(
+            f"--pydocs_packages: {package!r} is not installed; install it or leave it out"
+        ) from None
 
 
 @dataclass
@@ -241,32 +256,35 @@ def survey_documents(documents: Iterable[Document], rejects: prep.Rejects, seed:
 
 
 def _survey_text(survey: Survey, pieces: Iterable[str], seed: int) -> None:
-    is_empty = True
+    kept = skip_empty(pieces)
+    if kept is None:
+        survey.empty += 1
+        return
 
     def count() -> Iterator[str]:
-        nonlocal is_empty
-        for piece in pieces:
-            is_empty = is_empty and not piece.strip()
+        for piece in kept:
             survey.characters += len(piece)
             survey.num_bytes += len(piece.encode("utf-8"))
             yield piece
 
-    content = prep.hash_content(count(), seed)
-    if is_empty:
-        survey.empty += 1
-    else:
-        survey.hashes.append(content)
+    survey.hashes.append(prep.hash_content(count(), seed))
+
+
+def skip_empty(pieces: Iterable[str]) -> Iterator[str] | None:
+    """Return the pieces of a text, or None when there is nothing but white space in it."""
+    pieces = iter(pieces)
+    # A text of several pieces has a word in the first: it is cut behind one.
+    first = next(pieces, "")
+    return chain([first], pieces) if first.strip() else None
 
 
 def iter_texts(documents: Iterable[Document]) -> Iterator[Iterator[str]]:
     """Yield the pieces of each document that stays: neither bad nor empty."""
     for document in documents:
         if not isinstance(document.pieces, RowError):
-            pieces = iter(document.pieces)
-            # A text of several pieces has a word in the first: it is cut behind one.
-            first = next(pieces, "")
-            if first.strip():
-                yield chain([first], pieces)
+            kept = skip_empty(document.pieces)
+            if kept is not None:
+                yield kept
 
 
 def write_splits(
@@ -337,22 +355,20 @@ class SplitWriter:
     def __init__(self, staging: Path, split: str, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._writer = tokenstore.TokenStoreWriter(staging, split, len(tokenizer))
-        self._documents = 0
 
     def write_document(self, pieces: Iterable[str]) -> int:
         """Write one document, then `<|endoftext|>`; returns its bytes of text."""
-        ids, size, total = [], 0, 0
+        total = 0
         for piece in pieces:
-            self._writer.append(ids, size)
-            ids, size = self._tokenizer.encode(piece), len(piece.encode("utf-8"))
+            size = len(piece.encode("utf-8"))
+            self._writer.append(self._tokenizer.encode(piece), size)
             total += size
-        self._writer.append([*ids, self._tokenizer.endoftext_id], size)
-        self._documents += 1
+        self._writer.end_document(self._tokenizer.endoftext_id)
         return total
 
     def close(self) -> dict:
-        """Return the counts; a document may have been appended in several pieces."""
-        return self._writer.close() | {"documents": self._documents}
+        """Return the counts of `corpus.json`."""
+        return self._writer.close()
 
 
 def print_summary(out_dir: Path, report: dict) -> None:

@@ -9,6 +9,7 @@
 The same command again goes on from the last checkpoint. Ctrl-C or SIGTERM saves first (exit 75).
 """
 
+import json
 import os
 import platform
 import sys
@@ -97,6 +98,7 @@ def train(flags: TrainFlags, extra: dict) -> None:
         tokenizer_dir=tokenizer_dir,
         meta=meta,
         collate=collate,
+        optimizer_cls_and_kwargs=trainer.choose_optimizer(flags),
     )
     log = add_callbacks(run, flags, tokenizer, first_step=checkpoint.read_step(resumed))
     announce(log, flags, run, resumed)
@@ -239,6 +241,7 @@ def build_meta(flags, extra, config, train_set, tokenizer, parent, max_steps, wo
         "longest_row": max(train_set.longest_row, parent.get("longest_row", 0)),
         "tokenizer_hash": tokenizer.hash,
         "data_dir": str(flags.data_dir),
+        "sources": read_sources(flags.data_dir),
         "flags": {name: str(value) for name, value in vars(flags).items() if value is not None} | extra,
         "compare": compare,
         "parent": {"from": flags.init_model_dir, **parent} if parent else None,
@@ -247,6 +250,14 @@ def build_meta(flags, extra, config, train_set, tokenizer, parent, max_steps, wo
     fixed["flags"].pop("model_dir")
     rows = trainer.rows_per_step(flags, world_size)
     return trainer.RunMeta(fixed, rows * train_set.tokens_per_row, flags.save_total_limit)
+
+
+def read_sources(data_dir: Path) -> list[dict]:
+    """Return what the prep script wrote about where the data come from; `[]` of foreign data."""
+    for name in ("data_report.json", "corpus.json"):
+        if (data_dir / name).is_file():
+            return json.loads((data_dir / name).read_text(encoding="utf-8")).get("sources", [])
+    return []
 
 
 def find_resumed(flags: TrainFlags, fixed: dict) -> Path | None:
@@ -296,6 +307,8 @@ def add_callbacks(run, flags: TrainFlags, tokenizer, *, first_step: int):
     from firstwords import trainer
 
     log = trainer.RunLog(flags.model_dir, first_step)
+    run.add_callback(trainer.PendingLoss(run))
+    run.add_callback(trainer.LastStep())
     run.add_callback(trainer.Throughput(run))
     run.add_callback(log)
     prompts = read_prompts(flags)

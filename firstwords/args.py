@@ -7,6 +7,7 @@ a suggestion. Imports no other room but `errors`, and torch only when a field of
 """
 
 import argparse
+import re
 import sys
 import traceback
 from dataclasses import dataclass, field, fields
@@ -32,6 +33,8 @@ OUR_WORDS = {
     "eval_strategy": "eval_steps",
 }
 
+_FLAG = re.compile(r"--[A-Za-z][\w-]*")
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser for which `--out-dir` is `--out_dir`, and whose errors are one line."""
@@ -42,8 +45,12 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args([_underscore(word) for word in args], namespace)
 
     def parse_args(self, args=None, namespace=None):
-        """Parse; an unknown flag raises `BadFlag` with a suggestion."""
-        values, unknown = self.parse_known_args(args, namespace)
+        """Parse; an unknown flag raises `BadFlag` with a suggestion, before one that is missing does."""
+        words = [_underscore(word) for word in (sys.argv[1:] if args is None else args)]
+        names = [word.partition("=")[0] for word in words if _is_flag(word)]
+        unknown = [name for name in names if name not in self.flag_names()]
+        if not unknown:
+            values, unknown = self.parse_known_args(words, namespace)
         if unknown:
             raise BadFlag(f"{unknown[0]}: unknown flag; {suggest(unknown[0], self.flag_names())}")
         return values
@@ -57,8 +64,13 @@ class Parser(argparse.ArgumentParser):
         raise BadFlag(f"{message.removeprefix('argument ')}; see --help")
 
 
+def _is_flag(word: str) -> bool:
+    # A value may begin with dashes too ("-- be brief --"), and is left as it is.
+    return bool(_FLAG.fullmatch(word.partition("=")[0]))
+
+
 def _underscore(word: str) -> str:
-    if not word.startswith("--"):
+    if not _is_flag(word):
         return word
     name, equals, value = word.partition("=")
     return "--" + name[2:].replace("-", "_") + equals + value
@@ -83,22 +95,23 @@ def run_main(main, argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)
-    except FirstwordsError as error:
-        code, text = error.exit_code, str(error)
-    except KeyboardInterrupt:
-        code, text = 130, "stopped by Ctrl-C"
     except BrokenPipeError:
-        code, text = 0, ""
-        sys.stdout = None
-    except OSError as error:
-        code, text = IOFailed.exit_code, f"{error.filename or 'system'}: {error.strerror or error}"
-    else:
-        sys.exit(0)
-    if "--debug" in argv:
-        traceback.print_exc()
-    if text:
+        sys.stdout = None  # the reader has gone; nothing is left to flush at the exit
+    except (FirstwordsError, KeyboardInterrupt, OSError) as error:
+        if "--debug" in argv:
+            traceback.print_exc()
+        code, text = _describe_error(error)
         print(f"error: {text}", file=sys.stderr)
-    sys.exit(code)
+        sys.exit(code)
+    sys.exit(0)
+
+
+def _describe_error(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, FirstwordsError):
+        return error.exit_code, str(error)
+    if isinstance(error, OSError):
+        return IOFailed.exit_code, f"{error.filename or 'system'}: {error.strerror or error}"
+    return 130, "stopped by Ctrl-C"
 
 
 def _flag(default, help: str, **options):
@@ -129,7 +142,7 @@ class TrainFlags:
     save_total_limit: int = _flag(2, "checkpoints that are kept, at least 1")
     assistant_only_loss: bool = _flag(True, "learn assistant turns alone; --no_... learns every token")
     overlong: str = _flag("drop", "conversations longer than --seq_len", choices=["drop", "truncate"])
-    optim: str = _flag("adamw_torch_fused", "adamw_torch_fused, adamw_bnb_8bit, or any of Trainer's")
+    optim: str = _flag("adamw_torch_fused", "adamw_torch_fused, muon, adamw_bnb_8bit, or any of Trainer's")
     lr_scheduler_type: str = _flag("cosine", "cosine, warmup_stable_decay, or any of Trainer's")
     decay_steps: float = _flag(0.2, "of warmup_stable_decay: steps of decay; below 1 a share")
     min_lr_ratio: float = _flag(0.0, "where the schedule ends, as a share of --lr")
@@ -204,25 +217,32 @@ def _recipe_words(path: Path, parser: Parser) -> list[str]:
         raise BadFlag(f"--recipe {path}: broken YAML ({str(error).splitlines()[0]}); mend it") from None
     if not isinstance(recipe, dict):
         raise BadFlag(f"--recipe {path}: must be `key: value` lines; see configs/recipes")
-    words = []
-    for key, value in recipe.items():
-        words += _recipe_word(str(key).replace("-", "_"), value, path, parser)
+    try:
+        words = [_recipe_word(str(key).replace("-", "_"), value, parser) for key, value in recipe.items()]
+        parser.parse_known_args(words)
+    except BadFlag as error:
+        raise BadFlag(f"--recipe {path}: {error}") from None
     return words
 
 
-def _recipe_word(key: str, value, path: Path, parser: Parser) -> list[str]:
-    if f"--{key}" not in parser.flag_names() and key not in _trainer_field_names():
-        known = [name.removeprefix("--") for name in parser.flag_names()]
-        raise BadFlag(f"--recipe {path}: unknown key {key!r}; {suggest(key, known)}")
-    if isinstance(value, list | dict):
-        raise BadFlag(f"--recipe {path}: {key} is {value!r}; recipes are flat, give one value")
+def _recipe_word(key: str, value, parser: Parser) -> str:
+    known = [name.removeprefix("--") for name in parser.flag_names() if name not in ("-h", "--help")]
+    if key not in known and key not in _trainer_field_names():
+        raise BadFlag(f"unknown key {key!r}; {suggest(key, known + _trainer_field_names())}")
+    if key == "recipe":
+        raise BadFlag(f"{key} is {value!r}; a recipe names no other, copy its lines")
+    if value is None or isinstance(value, list | dict):
+        raise BadFlag(f"{key} is {value!r}; recipes are flat, give one value")
     takes_no_value = any(
         f"--{key}" in action.option_strings and action.nargs == 0 for action in parser._actions
     )
-    if takes_no_value:
-        opposite = f"--{key.removeprefix('no_')}" if key.startswith("no_") else f"--no_{key}"
-        return [f"--{key}" if value else opposite]
-    return [f"--{key}={value}"]
+    if not takes_no_value:
+        # YAML reads a bare `no` as false (`resume: no`).
+        return f"--{key}={'no' if value is False else value}"
+    if not isinstance(value, bool):
+        raise BadFlag(f"{key} is {value!r}; write true or false")
+    opposite = f"--{key.removeprefix('no_')}" if key.startswith("no_") else f"--no_{key}"
+    return f"--{key}" if value else opposite
 
 
 def _trainer_field_names() -> list[str]:

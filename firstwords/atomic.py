@@ -12,14 +12,16 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from firstwords.errors import CannotCreate, IOFailed
 
 STAGING, TRASH = ".staging-", ".trash-"
+_LEFTOVER = re.compile(r"\.(?:staging|trash)-(\d+)(?:-|$)")
 
 
 @contextmanager
@@ -31,9 +33,12 @@ def stage_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         overwrite: replace an existing `target`, which stays until the new one is whole.
 
     Raises:
-        CannotCreate: when `target` is there and may not be replaced, or nothing can be made beside it.
+        CannotCreate: when `target` is there and may not be replaced, is a file, or nothing can be made
+            beside it.
         IOFailed: when writing fails (disk full, folder read-only); the staging folder is gone then.
     """
+    if target.exists() and not target.is_dir():
+        raise CannotCreate(f"{target}: is a file; name another folder")
     if target.exists() and not overwrite and any(target.iterdir()):
         raise CannotCreate(f"{target}: is there already; name another folder or remove it")
     staging = target.parent / f"{STAGING}{os.getpid()}-{target.name}"
@@ -46,7 +51,10 @@ def stage_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
         sync_folder(staging)
         replace_folder(staging, target)
     except OSError as error:
-        raise IOFailed(f"{target}: writing failed ({error.strerror or error}); free some space") from None
+        at = f" at {error.filename}" if error.filename else ""
+        raise IOFailed(
+            f"{target}: could not be made{at} ({error.strerror or error}); mend that, or free some space"
+        ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -91,27 +99,49 @@ def sweep_leftovers(folder: Path) -> list[str]:
         the names that went.
     """
     swept = []
-    for path in sorted(folder.glob(".*-*")):
-        prefix = next((p for p in (STAGING, TRASH) if path.name.startswith(p)), None)
-        if prefix and not _is_alive(path.name.removeprefix(prefix).split("-")[0]):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in sorted(folder.iterdir()):
+        leftover = _LEFTOVER.match(path.name)
+        if leftover and not _is_alive(leftover[1]):
+            _remove(path)
             swept.append(path.name)
     return swept
 
 
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
 def _is_alive(pid: str) -> bool:
-    return pid.isdigit() and int(pid) != os.getpid() and Path(f"/proc/{pid}").exists()
+    # A leftover with this process's own id is of an earlier one: in a container they come round soon.
+    if int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write one small file so that it is the old one or the new one, on disk when this returns."""
+    """Write one small file so that it is the old one or the new one, on disk when this returns.
+
+    Raises:
+        IOFailed: when writing fails; nothing is left of it then.
+    """
     staging = path.with_name(f"{STAGING}{os.getpid()}-{path.name}")
-    with open(staging, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    staging.rename(path)
-    _sync_entry(path.parent)
+    try:
+        with open(staging, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        staging.rename(path)
+        _sync_entry(path.parent)
+    except OSError as error:
+        _remove(staging)
+        raise IOFailed(f"{path}: writing failed ({error.strerror or error}); free some space") from None
 
 
 def format_json(value) -> str:

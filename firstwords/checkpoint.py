@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import GPT2Config
 
 from firstwords import atomic
@@ -34,12 +35,13 @@ def write_manifest(folder: Path, meta: dict) -> None:
         folder: a staging folder with all its files in place.
         meta: no clock time in it; two runs of the same flags write the same bytes.
     """
-    files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": atomic.hash_file(path)}
-        for path in sorted(folder.iterdir())
-        if path.is_file() and path.name != MANIFEST
-    }
+    paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
+    files = {path.name: _describe_file(path) for path in paths}
     (folder / MANIFEST).write_text(atomic.format_json({**meta, "files": files}), encoding="utf-8")
+
+
+def _describe_file(path: Path) -> dict:
+    return {"bytes": path.stat().st_size, "sha256": atomic.hash_file(path)}
 
 
 def read_manifest(folder: Path) -> dict:
@@ -77,7 +79,7 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise Damaged(f"{path}: is missing; go back to another checkpoint")
-        if path.stat().st_size != expected["bytes"] or atomic.hash_file(path) != expected["sha256"]:
+        if _describe_file(path) != expected:
             raise Damaged(f"{path}: is not the file that was written; go back to another checkpoint")
 
 
@@ -150,7 +152,8 @@ def publish_final(checkpoint: Path, run_dir: Path) -> None:
         shutil.copyfile(path, staging / path.name)
     write_manifest(staging, meta)
     atomic.sync_folder(staging)
-    for path in staging.iterdir():
+    # The manifest last: where it stands, every file that it names does.
+    for path in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST):
         path.rename(run_dir / path.name)
     staging.rmdir()
     atomic.write_text(run_dir / COMPLETE, f"step {meta['step']}\n")
@@ -193,15 +196,15 @@ def find_init(model_dir: Path) -> Path:
         Damaged: when a file is not what the manifest says.
     """
     check_folder(model_dir, "--init_model_dir")
-    if (model_dir / MANIFEST).is_file():
-        verify(model_dir)
-        return model_dir
     if list_checkpoints(model_dir) and not is_complete(model_dir):
         newest = list_checkpoints(model_dir)[0].name
         raise Mismatch(
             f"--init_model_dir {model_dir}: this run has not reached its end; let it finish, or name "
             f"{model_dir / newest}"
         )
+    if is_complete(model_dir) or (model_dir / MANIFEST).is_file():
+        verify(model_dir)
+        return model_dir
     if not (model_dir / "config.json").is_file():
         raise MissingInput(f"--init_model_dir {model_dir}: holds no model; name a run or a checkpoint")
     return model_dir
@@ -246,6 +249,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> GPT2LMHea
 
     Raises:
         MissingInput: when config or weights are not there.
+        Damaged: when one of them cannot be read.
         Mismatch: when the weights are not those of the configuration.
     """
     config = _read_model_config(folder)
@@ -265,7 +269,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> GPT2LMHea
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise Damaged(f"{folder}: the weights cannot be read ({str(error).splitlines()[0]})") from None
     wrong = [
         *info["missing_keys"],
@@ -294,6 +298,6 @@ def _read_model_config(folder: Path) -> GPT2Config:
     known = (*CONFIG_KEYS, *_SPECIAL_IDS)
     config = GPT2Config(**{key: values[key] for key in known if key in values})
     if config.activation_function == "gelu_new":
-        # The same function in one kernel (hf_facts 1): the name in the Hub's GPT-2 costs 9 passes.
+        # The same function in one kernel; under the name in the Hub's GPT-2 it is composed of nine.
         config.activation_function = "gelu_pytorch_tanh"
     return config

@@ -39,7 +39,7 @@ class TokenBlocks(Dataset):
     `num_rows` is one epoch until the trainer sets it to the length of the run.
 
     Raises:
-        BadData: when the store is shorter than one block.
+        BadData: when the store is shorter than one block, or begins with ids that the tokenizer has not.
     """
 
     def __init__(self, store: tokenstore.TokenStore, tokenizer: Tokenizer, seq_len: int, seed: int):
@@ -54,6 +54,7 @@ class TokenBlocks(Dataset):
         self.longest_row = self.tokens_per_row = seq_len
         self.hash = store.hash
         sample = np.asarray(self.tokens[: 1 << 20])
+        _check_ids(sample, tokenizer)
         self.bits_per_byte = bits_per_byte_factor(sample, tokenizer)
 
     def __len__(self) -> int:
@@ -82,12 +83,13 @@ class TokenWindows(Dataset):
         seq_len: tokens in a window.
 
     Raises:
-        BadData: when the store holds fewer than two tokens.
+        BadData: when the store holds fewer than two tokens, or ids that the tokenizer has not.
     """
 
     def __init__(self, store: tokenstore.TokenStore, tokenizer: Tokenizer, seq_len: int):
         if len(store.tokens) < 2:
             raise BadData(f"the val split holds {len(store.tokens)} tokens; prepare more text")
+        _check_ids(np.asarray(store.tokens), tokenizer)
         self.tokens, self.seq_len, self.pad_id = store.tokens, seq_len, tokenizer.pad_id
 
     def __len__(self) -> int:
@@ -182,11 +184,7 @@ class PackedChats(Dataset):
         assistant_only: bool = True,
         overlong: str = "drop",
     ):
-        if chats.ids.max() >= len(tokenizer) or chats.ids.min() < 0:
-            raise BadData(
-                f"the tokenized rows hold id {chats.ids.max()}, but the tokenizer has {len(tokenizer)}; "
-                "run prep_data.py anew"
-            )
+        _check_ids(chats.ids, tokenizer)
         self.chats, self.seq_len, self.seed, self.pad_id = chats, seq_len, seed, tokenizer.pad_id
         self.hash = chats.hash
         self.learned = _choose_learned(chats, assistant_only)
@@ -232,6 +230,15 @@ class PackedChats(Dataset):
             begin += length
         arrays = {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def _check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> None:
+    for wrong in (int(ids.min()), int(ids.max())):
+        if not 0 <= wrong < len(tokenizer):
+            raise BadData(
+                f"the data hold id {wrong}, but the tokenizer has {len(tokenizer)}; prepare them anew, or "
+                "name the tokenizer that made them with --tokenizer"
+            )
 
 
 def _choose_learned(chats: Chats, assistant_only: bool) -> np.ndarray:

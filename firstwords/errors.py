@@ -76,6 +76,9 @@ class Mismatch(FirstwordsError):
 
 
 def suggest(word: str, known: list[str]) -> str:
-    """Return `did you mean 'x'?`, or the list of what is known when nothing is near."""
+    """Return `did you mean 'x'?`, or the first 20 of what is known when nothing is near."""
     near = get_close_matches(word, known, n=1, cutoff=0.6)
-    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(sorted(known))}"
+    if near or not known:
+        return f"did you mean {near[0]!r}?" if near else "there is nothing like it"
+    more = f" and {len(known) - 20} more" if len(known) > 20 else ""
+    return f"known: {', '.join(sorted(known)[:20])}{more}"

@@ -100,7 +100,7 @@ def generate_batch(
     sampling: Sampling = GREEDY,
     limits: Sequence[int | None] | None = None,
     pad_id: int = 0,
-    batch_size: int = 64,
+    batch_size: int = 128,
 ) -> list[list[int]]:
     """Return the replies to many prompts, each as `stream_ids` gives it.
 

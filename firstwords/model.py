@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional
 from transformers import GenerationConfig, GPT2Config
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
@@ -86,6 +87,8 @@ def read_config(path: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise BadFlag(f"--cfg {path}: broken JSON ({error}); mend it") from None
+    if not isinstance(config, dict):
+        raise BadFlag(f"--cfg {path}: is {config!r:.40}; give one JSON object")
     for key in config:
         if key not in CONFIG_KEYS:
             raise BadFlag(f"--cfg {path}: unknown key {key!r}; {suggest(key, list(CONFIG_KEYS))}")
@@ -111,17 +114,25 @@ def build_model(path: Path, tokenizer: Tokenizer, *, seed: int) -> GPT2LMHeadMod
         path: the configuration, see `read_config`.
         tokenizer: gives the rows of the embedding and the special ids.
         seed: of the weights.
+
+    Raises:
+        MissingInput, BadFlag: as `read_config`, and for values of which no model can be made.
     """
-    config = GPT2Config(
-        **read_config(path),
-        vocab_size=tokenizer.vocab_size_padded,
-        bos_token_id=tokenizer.endoftext_id,
-        eos_token_id=tokenizer.end_id,
-        pad_token_id=tokenizer.pad_id,
-    )
-    config._attn_implementation = "sdpa"
+    values = read_config(path)
     torch.manual_seed(seed)
-    model = GPT2LMHeadModel(config)
+    try:
+        config = GPT2Config(
+            **values,
+            vocab_size=tokenizer.vocab_size_padded,
+            bos_token_id=tokenizer.endoftext_id,
+            eos_token_id=tokenizer.end_id,
+            pad_token_id=tokenizer.pad_id,
+        )
+        config._attn_implementation = "sdpa"
+        model = GPT2LMHeadModel(config)
+    except (StrictDataclassError, ValueError, KeyError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise BadFlag(f"--cfg {path}: gives no model ({why}); mend it") from None
     set_generation(model, tokenizer)
     return model
 

@@ -79,9 +79,15 @@ def refuse_flags(args: argparse.Namespace, names: Iterable[str], why: str) -> No
             raise BadFlag(f"--{name}: {getattr(args, name)}, but {why}; leave it out")
 
 
-def learns_from_text(spec: str) -> bool:
-    """Tell whether a `--tokenizer` is made from the data, and not loaded."""
-    return spec == "char" or spec.startswith("bpe:")
+def refuse_out_dir_inside(dataset: str, out_dir: Path) -> None:
+    """Refuse an `--out_dir` whose files the next run would take for the dataset's.
+
+    Raises:
+        BadFlag: when it lies in the folder that is read.
+    """
+    folder = Path(dataset).resolve()
+    if folder.is_dir() and out_dir.resolve().is_relative_to(folder):
+        raise BadFlag(f"--out_dir: {out_dir} lies in --dataset {dataset}; name a folder outside")
 
 
 def describe_flags(args: argparse.Namespace) -> dict:

@@ -13,6 +13,7 @@ has a reason why not. The shape is the one TRL and OpenAI's fine-tuning files us
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count, cycle
 from pathlib import Path
 
 
@@ -48,10 +49,12 @@ def parse_conversation(row: dict) -> list[Message]:
     if not isinstance(turns, list):
         raise RowError("no_messages", f"'messages' must be a list, but is {_kind(turns)}")
     messages = [_parse_message(turn, place) for place, turn in enumerate(turns, 1)]
-    if row.get("system") is not None:
-        messages.insert(0, _parse_message({"role": "system", "content": row["system"]}, 0))
     _check_order([message.role for message in messages])
-    return messages
+    if row.get("system") is None:
+        return messages
+    if messages[0].role == "system":
+        raise RowError("bad_order", "turn 1 is the system's, and a top-level 'system' stands beside it")
+    return [_parse_message({"role": "system", "content": row["system"]}, 0), *messages]
 
 
 def _parse_message(turn, place: int) -> Message:
@@ -86,14 +89,14 @@ def check_text(text: str, where: str) -> None:
 
 
 def _check_order(roles: list[str]) -> None:
-    turns = roles[1:] if roles[:1] == ["system"] else roles
-    if "assistant" not in turns:
+    if "assistant" not in roles:
         raise RowError("no_assistant", f"no assistant turn to learn from; the roles are {roles}")
-    expected = ["user", "assistant"] * (len(turns) // 2 + 1)
-    for place, (role, wanted) in enumerate(zip(turns, expected, strict=False), 1):
+    first = int(roles[0] == "system")
+    expected = cycle(("user", "assistant"))
+    for place, role, wanted in zip(count(first + 1), roles[first:], expected, strict=False):
         if role != wanted:
             raise RowError("bad_order", f"turn {place} is the {role}'s where the {wanted}'s belongs")
-    if turns[-1] != "assistant":
+    if roles[-1] != "assistant":
         raise RowError("bad_order", "the last turn must be the assistant's, but is the user's")
 
 
@@ -111,12 +114,13 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict | RowError]]:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield number, _parse_line(line)
+                yield number, parse_line(line)
 
 
-def _parse_line(line: bytes) -> dict | RowError:
+def parse_line(line: bytes) -> dict | RowError:
+    """Parse one line strictly; what is wrong with it is returned, not raised."""
     try:
-        row = json.loads(line.decode("utf-8"), object_pairs_hook=_unique_keys, parse_constant=_no_constant)
+        row = _DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return RowError("bad_utf8", f"not UTF-8 at byte {error.start} of the line")
     except json.JSONDecodeError as error:
@@ -125,6 +129,8 @@ def _parse_line(line: bytes) -> dict | RowError:
         return error
     except RecursionError:
         return RowError("bad_json", "nested too deep")
+    except ValueError:
+        return RowError("bad_json", "a number has more digits than Python converts")
     if not isinstance(row, dict):
         return RowError("not_an_object", f"must be one JSON object, but is {_kind(row)}")
     return row
@@ -141,6 +147,9 @@ def _unique_keys(pairs: list[tuple]) -> dict:
 
 def _no_constant(name: str):
     raise RowError("bad_json", f"{name} is no JSON value")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_no_constant)
 
 
 def conversation_row(messages: list[Message]) -> dict:

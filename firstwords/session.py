@@ -208,7 +208,7 @@ def _check_message(text: str, where: str) -> None:
         raise BadData(f"{where}: cannot be encoded ({error}); write plain UTF-8 text") from None
 
 
-def ask_many(sessions: Sequence[ChatSession], texts: Sequence[str], *, batch_size: int = 64) -> list[Reply]:
+def ask_many(sessions: Sequence[ChatSession], texts: Sequence[str], *, batch_size: int = 128) -> list[Reply]:
     """Ask each session its text, decoded together; what `.ask` gives one by one when greedy.
 
     Args:

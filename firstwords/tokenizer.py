@@ -11,8 +11,10 @@ the folder that `save` writes gives the same ids in `transformers.AutoTokenizer`
 import base64
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import tiktoken
@@ -26,8 +28,13 @@ CONTROL_TOKENS = ("<|endoftext|>", *(f"<|{role}|>" for role in ROLES), "<|end|>"
 BYTE_LEVEL, CHARACTERS = "byte-level BPE", "characters"
 
 # GPT-2's word pattern: contractions, letters, digits, other signs, white space.
-# Radford et al. 2019, section 2.2; the very pattern that `pre_tokenizers.ByteLevel` applies.
-WORD_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# Radford et al. 2019, section 2.2; the words are those that `pre_tokenizers.ByteLevel` finds. Blanks that
+# end the text have a branch of their own, which does not backtrack.
+WORD_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"""
+
+# tiktoken panics at a million blanks in a row before a word. Cut before the last of them, where the pattern
+# cuts anyway, they end a text.
+LONG_BLANK = re.compile(r"(?<!\s)\s{500000,}(?=\s\S)")
 
 
 class Tokenizer:
@@ -102,7 +109,15 @@ class Tokenizer:
         encoding = tiktoken.Encoding(
             "firstwords", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens={}
         )
-        return encoding.encode_ordinary
+
+        def encode(text: str) -> list[int]:
+            cuts = [match.end() for match in LONG_BLANK.finditer(text)] if len(text) > 500_000 else []
+            if not cuts:
+                return encoding.encode_ordinary(text)
+            parts = [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
+            return [i for part in parts for i in encoding.encode_ordinary(part)]
+
+        return encode
 
     def _encode_characters(self) -> Callable[[str], list[int]]:
         ids = {token.decode(): i for i, token in enumerate(self.vocabulary)}
@@ -154,6 +169,11 @@ class Tokenizer:
         return backend
 
 
+def learns_from_text(spec: str) -> bool:
+    """Tell whether a `--tokenizer` is made from the data, and not loaded."""
+    return spec == "char" or spec.startswith("bpe:")
+
+
 def build_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer that `--tokenizer` asks for.
 
@@ -191,7 +211,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    return Tokenizer(BYTE_LEVEL, _sort_vocabulary(backend.get_vocab(), "the trained BPE"))
+    return Tokenizer(BYTE_LEVEL, _parse_tokens(_sort_vocabulary(backend.get_vocab(), "the trained BPE")))
 
 
 def build_char(texts: Iterable[str]) -> Tokenizer:
@@ -224,7 +244,8 @@ def load_tokenizer(name: str | Path) -> Tokenizer:
         return _read_tiktoken(path)
     if str(name) == "gpt2":
         return _read_tokenizer_json(_download_gpt2())
-    near = suggest(path.name, [p.name for p in path.parent.glob("*")] or ["gpt2", "bpe:4096", "char"])
+    words = ["gpt2", "bpe:4096", "char"] if path.parent == Path() else []
+    near = suggest(path.name, words + [p.name for p in path.parent.glob("*")])
     raise MissingInput(
         f"--tokenizer {name}: is no folder, no .tiktoken file and none of gpt2, bpe:N, char; {near}"
     )
@@ -246,15 +267,46 @@ def _download_gpt2() -> Path:
 def _read_tokenizer_json(path: Path) -> Tokenizer:
     try:
         spec = json.loads(path.read_text(encoding="utf-8"))
-        model, pre_tokenizer = spec["model"], spec["pre_tokenizer"] or {}
-    except (ValueError, KeyError, TypeError):
+        kind = _find_kind(spec)
+        added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise Mismatch(f"{path}: is no tokenizer of Hugging Face's kind; write it anew") from None
-    vocab = {token: i for token, i in model["vocab"].items() if token not in CONTROL_TOKENS}
-    if model["type"] == "WordLevel":
-        return Tokenizer(CHARACTERS, [token.encode() for token in sorted(vocab, key=vocab.get)])
-    if model["type"] != "BPE" or pre_tokenizer.get("type") != "ByteLevel":
-        raise Mismatch(f"{path}: is {model['type']}, not a byte-level BPE; name one of GPT-2's kind")
-    return Tokenizer(BYTE_LEVEL, _sort_vocabulary(vocab, path))
+    if kind is None:
+        raise Mismatch(f"{path}: is neither GPT-2's kind of BPE nor characters; name one that is")
+    vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in CONTROL_TOKENS}
+    tokens = _sort_vocabulary(vocab, path)
+    if kind == CHARACTERS:
+        tokenizer = Tokenizer(kind, [token.encode() for token in tokens])
+    else:
+        _check_merges(tokens, spec["model"]["merges"], path)
+        tokenizer = Tokenizer(kind, _parse_tokens(tokens))
+    for name, token_id in added.items():
+        if tokenizer.control_ids.get(name) != token_id:
+            raise Mismatch(f"{path}: {name!r} has the id {token_id}, which is not ours; name another")
+    return tokenizer
+
+
+def _find_kind(spec: dict) -> str | None:
+    """Tell which of our kinds gives the ids that this `tokenizer.json` gives; None when none does."""
+    model, splitter = spec["model"], spec["pre_tokenizer"] or {}
+    if spec.get("normalizer"):
+        return None
+    if model.get("type") == "WordLevel" and all(len(token) == 1 for token in model["vocab"]):
+        return CHARACTERS
+    plain = not splitter.get("add_prefix_space") and splitter.get("use_regex", True)
+    # GPT-2's own file on the Hub is older than the field `type`; of all models only a BPE has merges.
+    if "merges" in model and splitter.get("type") == "ByteLevel" and plain:
+        return BYTE_LEVEL
+    return None
+
+
+def _check_merges(tokens: list[str], merges: list, where: Path) -> None:
+    # The place of a token is all that we keep of the merge that made it.
+    made = ["".join(pair).replace(" ", "") for pair in merges]
+    if made != [token for token in tokens if len(token) > 1]:
+        raise Mismatch(f"{where}: its ids are not in the order of its merges; train a BPE anew")
+    if set(_CHARACTER_TO_BYTE) != {token for token in tokens if len(token) == 1}:
+        raise Mismatch(f"{where}: has not all 256 bytes as tokens; train a BPE anew")
 
 
 def _read_tiktoken(path: Path) -> Tokenizer:
@@ -266,15 +318,19 @@ def _read_tiktoken(path: Path) -> Tokenizer:
         except ValueError:
             raise BadData(f"{path}:{number}: is no `base64 rank` pair; get the file anew") from None
     tokens = sorted(vocab, key=vocab.get)
-    if sorted(vocab.values()) != list(range(len(vocab))) or len(tokens) < 256:
+    if sorted(vocab.values()) != list(range(len(vocab))) or sum(len(token) == 1 for token in tokens) < 256:
         raise BadData(f"{path}: its {len(vocab)} ranks have gaps; get the file anew")
     return Tokenizer(BYTE_LEVEL, tokens)
 
 
-def _sort_vocabulary(vocab: dict[str, int], where) -> list[bytes]:
+def _sort_vocabulary(vocab: dict[str, int], where) -> list[str]:
     tokens = sorted(vocab, key=vocab.get)
     if [vocab[token] for token in tokens] != list(range(len(tokens))):
         raise Mismatch(f"{where}: its ids have gaps below the control tokens; train the BPE anew")
+    return tokens
+
+
+def _parse_tokens(tokens: list[str]) -> list[bytes]:
     return [bytes(_CHARACTER_TO_BYTE[character] for character in token) for token in tokens]
 
 

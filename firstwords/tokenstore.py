@@ -20,6 +20,7 @@ import numpy as np
 from firstwords.errors import BadData, MissingInput
 
 FORMAT = "firstwords-tokens-1"
+_DTYPES = {"<u2": np.dtype("<u2"), "<u4": np.dtype("<u4")}
 
 
 class TokenStoreWriter:
@@ -38,13 +39,17 @@ class TokenStoreWriter:
         self._tokens = self._documents = self._bytes = 0
 
     def append(self, ids: list[int], num_bytes: int) -> None:
-        """Write one document: its ids, the closing `<|endoftext|>` among them; its size in bytes of text."""
+        """Write a piece of a document, and count the bytes of its text."""
         data = np.array(ids, dtype=self.dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
         self._tokens += len(ids)
-        self._documents += 1
         self._bytes += num_bytes
+
+    def end_document(self, endoftext_id: int) -> None:
+        """Close a document with its `<|endoftext|>`."""
+        self.append([endoftext_id], 0)
+        self._documents += 1
 
     def close(self) -> dict:
         """Close the file and return its counts, as they stand in `corpus.json` under the split."""
@@ -85,25 +90,34 @@ def open_store(folder: Path, split: str) -> TokenStore:
 
     Raises:
         MissingInput: when the split's file is not there.
-        BadData: when it is empty, or its size is not the one that `corpus.json` gives.
+        BadData: when it is empty, or not what `corpus.json` says.
     """
     path = folder / f"{split}.bin"
     if not path.is_file():
         raise MissingInput(f"{path}: is not there; run prep_text_corpus.py --out_dir {folder}")
     meta = read_corpus(folder)
-    dtype = np.dtype(meta.get("dtype", "<u2"))
+    counts, dtype = _find_counts(meta, split, folder) if meta else ({}, np.dtype("<u2"))
     size = path.stat().st_size
     if size == 0 or size % dtype.itemsize:
         raise BadData(f"{path}: {size} bytes are no whole number of {dtype} tokens; prepare it anew")
     tokens = np.memmap(path, dtype=dtype, mode="r")
     if not meta:
         return TokenStore(tokens, _hash_ends(tokens))
-    counts = meta["splits"][split]
     if counts["tokens"] != len(tokens):
         raise BadData(
             f"{path}: {len(tokens)} tokens, but corpus.json says {counts['tokens']}; prepare it anew"
         )
     return TokenStore(tokens, counts["sha256"])
+
+
+def _find_counts(meta: dict, split: str, folder: Path) -> tuple[dict, np.dtype]:
+    try:
+        counts = meta["splits"][split]
+        return {key: counts[key] for key in ("tokens", "sha256")}, _DTYPES[meta["dtype"]]
+    except (KeyError, TypeError):
+        raise BadData(
+            f"{folder / 'corpus.json'}: has no dtype or no counts of {split}.bin; prepare it anew"
+        ) from None
 
 
 def _hash_ends(tokens: np.ndarray) -> str:
@@ -124,8 +138,9 @@ def read_corpus(folder: Path) -> dict:
         meta = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise BadData(f"{path}: is no JSON; prepare the corpus anew") from None
-    if meta.get("format") != FORMAT:
-        raise BadData(f"{path}: the format is {meta.get('format')!r}, not {FORMAT!r}; prepare it anew")
+    found = meta.get("format") if isinstance(meta, dict) else None
+    if found != FORMAT:
+        raise BadData(f"{path}: the format is {found!r}, not {FORMAT!r}; prepare it anew")
     return meta
 
 
@@ -150,8 +165,8 @@ def block_offset(index: int, epoch: int, *, seed: int, num_tokens: int, seq_len:
 
 
 def num_blocks(num_tokens: int, seq_len: int) -> int:
-    """Return the blocks in an epoch; one block's worth stays free, so that epochs can be shifted."""
-    return max((num_tokens - 1) // seq_len, num_tokens // seq_len - 1, num_tokens >= seq_len)
+    """Return the blocks in an epoch: so many that a token at least stays free for the shift, if any fits."""
+    return max((num_tokens - 1) // seq_len, int(num_tokens >= seq_len))
 
 
 def permute(index: int, count: int, *, seed: int, epoch: int) -> int:

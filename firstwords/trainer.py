@@ -17,15 +17,18 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from firstwords import atomic, checkpoint
 from firstwords.args import TrainFlags
 from firstwords.errors import BadFlag, Diverged
 from firstwords.generate import Sampling
+from firstwords.optimizer import MuonAdamWFactory
 from firstwords.score import evaluate_loss
 from firstwords.session import ChatSession
 from firstwords.tokenizer import Tokenizer
@@ -67,7 +70,7 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
         "warmup_steps": _count(flags.warmup_steps, max_steps),
         "max_steps": max_steps,
         "weight_decay": flags.weight_decay,
-        "optim": flags.optim,
+        "optim": "adamw_torch_fused" if flags.optim == "muon" else flags.optim,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
@@ -80,7 +83,7 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
         "eval_steps": eval_steps or None,
         # The data set is the order: see dataset.py.
         "train_sampling_strategy": "sequential",
-        # The filter would hide NaN from the log (hf_facts T8); RunTrainer stops on it instead.
+        # The filter would log NaN as the mean of what came before; RunTrainer stops on it instead.
         "logging_nan_inf_filter": False,
         "prediction_loss_only": True,
         "remove_unused_columns": False,
@@ -90,6 +93,13 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
     if "lr_scheduler_kwargs" not in extra:
         ours |= _build_schedule(flags, max_steps)
     return TrainingArguments(**ours | extra)
+
+
+def choose_optimizer(flags: TrainFlags) -> tuple[type, dict] | None:
+    """Return what Trainer takes as `optimizer_cls_and_kwargs`; None where it knows the name itself."""
+    if flags.optim != "muon":
+        return None
+    return MuonAdamWFactory, {"lr": flags.lr, "weight_decay": flags.weight_decay}
 
 
 def _build_schedule(flags: TrainFlags, max_steps: int) -> dict:
@@ -137,6 +147,8 @@ class RunTrainer(transformers.Trainer):
         tokenizer: ours.
         tokenizer_dir: the folder it was loaded from; its Hugging Face twin goes into every checkpoint.
         meta: for the manifest.
+        collate: rows -> batch, from `dataset`.
+        optimizer_cls_and_kwargs: from `choose_optimizer`.
     """
 
     def __init__(
@@ -150,6 +162,7 @@ class RunTrainer(transformers.Trainer):
         tokenizer_dir: Path,
         meta: RunMeta,
         collate,
+        optimizer_cls_and_kwargs=None,
     ):
         train_set.num_rows = (
             args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -161,11 +174,14 @@ class RunTrainer(transformers.Trainer):
             train_dataset=train_set,
             eval_dataset=val_set,
             processing_class=AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True),
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.remove_callback(PrinterCallback)
         self.tokenizer, self.meta = tokenizer, meta
         self.rates: dict[str, float] = {}
         self._staging: Path | None = None
+        # Trainer makes these when it trains, but asks PendingLoss for its state before.
+        self._tr_loss, self._globalstep_last_logged = torch.tensor(0.0), 0
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Return the loss over the whole val set, weighted by tokens; log it and tell the callbacks."""
@@ -267,6 +283,42 @@ class StopOnSignal(TrainerCallback):
         """Ask Trainer for a save and a stop: here, between two steps, resuming is exact."""
         if self.received:
             control.should_save = control.should_training_stop = True
+        return control
+
+
+class PendingLoss(TrainerCallback, ExportableState):
+    """Carry the losses since the last log through a checkpoint.
+
+    Trainer begins a new window when it resumes, and would log another mean than the run in one piece.
+    """
+
+    def __init__(self, trainer: RunTrainer):
+        self.trainer = trainer
+
+    def state(self) -> dict:
+        """Return what goes into `trainer_state.json`."""
+        pending = {
+            "loss": self.trainer._tr_loss.item(),
+            "last_logged": self.trainer._globalstep_last_logged,
+        }
+        return {"args": {}, "attributes": pending}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Put the window back where the checkpoint left it."""
+        pending = state.stateful_callbacks["PendingLoss"]["attributes"]
+        if state.global_step:
+            self.trainer._tr_loss += pending["loss"]
+            self.trainer._globalstep_last_logged = pending["last_logged"]
+
+
+class LastStep(TrainerCallback):
+    """Log and evaluate at the last step, also when it is no multiple of the intervals."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Ask for both."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = args.eval_strategy != "no"
         return control
 
 

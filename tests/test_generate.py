@@ -35,11 +35,11 @@ def model(request):
     return build_model(request.param)
 
 
-def build_model(attention="sdpa"):
+def build_model(attention="sdpa", positions=POSITIONS):
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=VOCAB,
-        n_positions=POSITIONS,
+        n_positions=positions,
         n_embd=32,
         n_layer=3,
         n_head=4,
@@ -116,6 +116,18 @@ def test_batch_equals_stream_for_many_prompts(model):
     assert 0 < sum(ends) < len(ends), "the prompts must try both ways to end"
 
 
+def test_long_replies_outgrow_the_buffer_after_padding_fell_away():
+    model, prompts = build_model(positions=300), draw_prompts(4, seed=8, longest=9)
+    prompts.append([7] * 50)
+    rules = {"stop_ids": (), "banned_ids": range(5)}
+    limits = [250, 100, 240, 110, 3]  # the longest prompt leaves first
+    singly = [
+        list(stream_ids(model, prompt, limit=limit, **rules))
+        for prompt, limit in zip(prompts, limits, strict=True)
+    ]
+    assert generate_batch(model, prompts, limits=limits, **rules) == singly
+
+
 def test_sampled_replies_do_not_depend_on_the_batch():
     model, prompts = build_model(), draw_prompts(25, seed=4, longest=30)
     sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=7, repetition_penalty=1.3)
@@ -172,7 +184,7 @@ def test_never_runs_past_the_positions():
         assert len(list(stream_ids(model, [1] * length, stop_ids=()))) == room
         mixed = generate_batch(model, [[1] * length, [2] * 5], stop_ids=())
         assert list(map(len, mixed)) == [room, POSITIONS - 5]
-    with pytest.raises(BadData, match="65 tokens long, and the model has 64 positions"):
+    with pytest.raises(BadData, match="is 65 tokens long, the model has 64"):
         next(stream_ids(model, [1] * (POSITIONS + 1), stop_ids=()))
 
 

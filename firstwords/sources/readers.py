@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from firstwords.errors import BadData
-from firstwords.schema import RowError, _parse_line, check_text, read_jsonl
+from firstwords.schema import RowError, check_text, parse_line, read_jsonl
 from firstwords.sources.places import one_line
 
 # A text in pieces that are read once and join to the whole, or why it is none. A piece begins at
@@ -35,7 +35,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, dict | RowError]]:
     if start[0] != "[":
         raise BadData(f"{path}: begins with {start[:20]!r}; a .json holds a list of rows, or one row a line")
     for line, text in _split_json_list(path):
-        yield line, _parse_line(text.encode("utf-8", "surrogateescape"))
+        yield line, parse_line(text.encode("utf-8", "surrogateescape"))
 
 
 def _split_json_list(path: Path) -> Iterator[tuple[int, str]]:
@@ -74,7 +74,8 @@ class _JsonWindow:
 
     def skip(self, wanted: str) -> None:
         if self.peek() != wanted:
-            raise self.broken(f"{wanted!r} is missing before {self.peek() or 'the end'!r}")
+            found = repr(self.peek()) if self.peek() else "the end"
+            raise self.broken(f"{wanted!r} is missing before {found}")
         self._advance(self._place + 1)
 
     def take_item(self) -> tuple[int, str]:

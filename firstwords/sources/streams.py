@@ -218,7 +218,7 @@ def _pick_texts(rows: Iterable[Located], text_column: str | None) -> Iterator[Do
 
 def _guess_text_column(located: Located) -> str:
     strings = [name for name, value in located.row.items() if isinstance(value, str)]
-    known = [name for name in TEXT_COLUMNS if name in strings]
+    known = [name for name in TEXT_COLUMNS if name in located.row]
     if not known and len(strings) != 1:
         raise BadFlag(
             f"--text_column: needed for {located.where}, whose columns are "

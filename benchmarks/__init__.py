@@ -1,0 +1,1 @@
+"""Measurements against peers, in turn, in one run. Not tests: a number here depends on the machine."""

@@ -1,0 +1,102 @@
+"""Pairs of timings -> a result file, and all result files -> the table in BENCHMARKS.md.
+
+    python -m benchmarks.record          # rewrites the table between its two marks
+
+A row has a fixed name; one that no result file has stands there as "not measured".
+"""
+
+import datetime
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+TABLE = Path(__file__).parent.parent / "BENCHMARKS.md"
+BEGIN, END = "<!-- table: made by benchmarks/record.py -->", "<!-- end of table -->"
+
+# name of the row -> what it must reach, in words
+ROWS = {
+    "train_cpu_vs_stock_fp32": "tokens/s of train.py over the plain Trainer (fp32, gelu_new, unpacked): 2.5",
+    "train_cpu_vs_stock_bf16": "tokens/s of train.py --bf16 over the Trainer in bf16, padded to longest: 1.5",
+    "run_all_minutes": "run_all.sh after installation, 2 cores, minutes: at most 10 with avx512_bf16",
+    "run_all_peak_gb": "peak memory of run_all.sh, GB: under 3",
+    "exact_match": "held-out questions answered with the documented sentence (200 drawn): 0.95",
+    "exact_match_all": "the same over all held-out questions",
+    "stop_rate": "replies that end by themselves: 0.99",
+    "followup_match": "follow-ups answered with the signature: 0.90",
+    "unknown_match": "invented names not known (100): 0.90",
+    "false_unknown": "real names not known: at most 0.02",
+    "stage_a_gain": "val loss of stage B from random weights less that from stage A's, at equal steps",
+    "stage_a_gain_equal_time": "the same at equal total time",
+    "train_gpu": "tokens/s on a GPU",
+}
+
+
+def measure_pairs(a: Callable[[], float], b: Callable[[], float], pairs: int = 5) -> dict:
+    """Run A B A B ... and return every figure and the ratio of each pair.
+
+    Args:
+        a, b: each runs one side once and returns its figure (larger is better, tokens per second).
+        pairs: at least five.
+    """
+    measured = [(a(), b()) for _ in range(pairs)]
+    ratios = sorted(x / y for x, y in measured)
+    return {"pairs": measured, "median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
+
+
+def write_result(row: str, result: dict, settings: dict) -> None:
+    """Write `results/<row>.json`: figures, settings of both sides, versions, machine, command, date."""
+    assert row in ROWS, f"{row!r} is no row of the table"
+    packages = ("torch", "transformers", "accelerate", "tokenizers")
+    record = {
+        "row": row,
+        **result,
+        "settings": settings,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": describe_machine(),
+        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "date": datetime.date.today().isoformat(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{row}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def describe_machine() -> str:
+    """Return the CPU's name, its cores, and whether it computes in bfloat16."""
+    cpuinfo = Path("/proc/cpuinfo")
+    text = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    bf16 = "with" if "avx512_bf16" in text or "amx_bf16" in text else "without"
+    return f"{names[0] if names else platform.processor()}, {len(names)} cores, {bf16} bfloat16"
+
+
+def format_table() -> str:
+    """Return the Markdown table of all rows."""
+    lines = ["| row | what, and its goal | median | spread | date | machine |", "|---|---|---|---|---|---|"]
+    for row, goal in ROWS.items():
+        path = RESULTS / f"{row}.json"
+        if not path.is_file():
+            lines.append(f"| {row} | {goal} | not measured | | | |")
+            continue
+        result = json.loads(path.read_text(encoding="utf-8"))
+        spread = f"{result['low']:.3g} to {result['high']:.3g}" if "low" in result else ""
+        lines.append(
+            f"| {row} | {goal} | {result['median']:.3g} | {spread} | {result['date']} | {result['machine']} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Rewrite the table in BENCHMARKS.md."""
+    text = TABLE.read_text(encoding="utf-8")
+    head, rest = text.split(BEGIN)
+    tail = rest.split(END)[1]
+    TABLE.write_text(f"{head}{BEGIN}\n{format_table()}\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
