@@ -11,7 +11,7 @@ from pathlib import Path
 
 from firstwords import atomic
 from firstwords.args import build_parser, run_main
-from firstwords.errors import BadFlag, MissingInput
+from firstwords.errors import BadFlag, Mismatch, MissingInput
 from firstwords.schema import format_row
 
 
@@ -20,11 +20,13 @@ def main(argv: list[str]) -> None:
     args = parse_args(argv)
     from firstwords.session import load_session
 
+    check_device(args.device)
     session = load_session(args.model_dir, device=args.device)
+    losses = measure_loss(session, args)
     figures: dict = {"checkpoint": session.folder.name, "step": session.manifest.get("step")}
     if asks_questions(args.questions, session.manifest):
         figures |= measure_answers(session, args.model_dir, args.seed)
-    figures |= measure_loss(session, args)
+    figures |= losses
     atomic.write_text(args.model_dir / "evaluation.json", atomic.format_json(figures))
     width = max(map(len, figures))
     for name, value in figures.items():
@@ -40,7 +42,7 @@ def parse_args(argv: list[str]):
     parser = build_parser(__doc__)
     parser.add_argument("--model_dir", type=Path, required=True, help="run, checkpoint or model folder")
     parser.add_argument("--data_dir", type=Path, help="data for the loss; default: what it trained on")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or mps (default cpu)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="default cpu")
     parser.add_argument("--batch_size", type=int, default=16, help="rows at a time (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="draws the questions (default 0)")
     parser.add_argument(
@@ -53,6 +55,15 @@ def parse_args(argv: list[str]):
     if args.batch_size < 1:
         raise BadFlag(f"--batch_size: is {args.batch_size}; give 1 or more")
     return args
+
+
+def check_device(device: str) -> None:
+    """Raise `BadFlag` when this machine has no such device."""
+    import torch
+
+    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not found[device]:
+        raise BadFlag(f"--device {device}: this machine has none; use --device cpu")
 
 
 def asks_questions(wish: str, manifest: dict) -> bool:
@@ -78,20 +89,37 @@ def measure_answers(session, model_dir: Path, seed: int) -> dict:
     return score_answers(answers)
 
 
+def check_tokenizer(data_dir: Path, tokenizer) -> None:
+    """Raise `Mismatch` when the data say that another tokenizer made them."""
+    from firstwords.tokenizer import load_tokenizer
+
+    if (data_dir / "tokenizer.json").is_file() and load_tokenizer(data_dir).hash != tokenizer.hash:
+        raise Mismatch(f"--data_dir {data_dir}: its tokenizer is not the model's; prepare it with the model's")
+
+
 def measure_loss(session, args) -> dict:
-    """Return loss, perplexity and bits per byte over the whole val set, weighted by tokens."""
+    """Return loss, perplexity and bits per byte over the whole val set, weighted by tokens.
+
+    Raises:
+        MissingInput: when the data are not there.
+        Mismatch: when another tokenizer made them.
+    """
+    from firstwords import tokenstore
     from firstwords.dataset import open_val
     from firstwords.score import evaluate_loss
 
     data_dir = args.data_dir or session.manifest.get("data_dir")
     if data_dir is None or not Path(data_dir).is_dir():
         raise MissingInput(f"--data_dir {data_dir}: is not there; name the folder of the val set")
-    flags = session.manifest.get("flags", {})
+    data_dir, flags = Path(data_dir), session.manifest.get("flags", {})
+    check_tokenizer(data_dir, session.tokenizer)
+    has_assistant = not tokenstore.is_store(data_dir)
     val_set = open_val(
-        Path(data_dir),
+        data_dir,
         session.tokenizer,
         int(flags.get("seq_len", session.context)),
-        assistant_only=flags.get("assistant_only_loss", "True") == "True",
+        assistant_only=has_assistant and flags.get("assistant_only_loss", "True") == "True",
+        overlong=flags.get("overlong", "drop"),
     )
     loss = evaluate_loss(session.model, val_set, session.tokenizer, batch_size=args.batch_size)
     return {

@@ -25,7 +25,8 @@ else
 fi
 
 run python prep_text_corpus.py --dataset pydocs --out_dir data/pydocs
-run python prep_data.py --dataset pydocs --tokenizer data/pydocs --out_dir data/pydocs_chat --seq_len 256 --show 3
+run python prep_data.py --dataset pydocs --tokenizer data/pydocs --out_dir data/pydocs_chat \
+  --pydocs_passes 3 --seq_len 256 --show 3
 run python train.py --recipe configs/recipes/pydocs_text.yaml "${precision[@]}"
 run python train.py --recipe configs/recipes/pydocs_chat.yaml "${precision[@]}"
 run python evaluate.py --model_dir runs/pydocs_chat
@@ -33,10 +34,12 @@ run python evaluate.py --model_dir runs/pydocs_chat
 if [ -t 0 ]; then
   run python inference.py --model_dir runs/pydocs_chat
 else
+  # No terminal on stdin: five questions of one conversation, and the figures once more.
   run python inference.py --model_dir runs/pydocs_chat \
     --prompt 'Hello' \
     --prompt 'What does `shutil.copytree` do?' \
     --prompt 'What are its arguments?' \
     --prompt 'Explain `math.sqrt`.' \
     --prompt 'What does `os.frobnicate` do?'
+  run cat runs/pydocs_chat/evaluation.json
 fi

@@ -12,13 +12,24 @@ The same command again goes on from the last checkpoint. Ctrl-C or SIGTERM saves
 import json
 import os
 import platform
+import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
 from firstwords import atomic
 from firstwords.args import TrainFlags, parse_train_args, run_main
-from firstwords.errors import BadFlag, CannotCreate, Mismatch, MissingInput, OutOfMemory, Stopped
+from firstwords.errors import (
+    BadData,
+    BadFlag,
+    CannotCreate,
+    FirstwordsError,
+    Mismatch,
+    MissingInput,
+    OutOfMemory,
+    Stopped,
+    suggest,
+)
 
 MODELS = Path(__file__).parent / "configs" / "models"
 
@@ -34,9 +45,15 @@ def main(argv: list[str]) -> None:
     """Parse the flags, take the lock of the run, train."""
     flags, extra = parse_train_args(argv, __doc__)
     check_flags(flags)
+    is_new = not flags.model_dir.exists()
     with atomic.lock_folder(flags.model_dir):
         atomic.sweep_leftovers(flags.model_dir)
-        train(flags, extra)
+        try:
+            train(flags, extra)
+        except FirstwordsError:
+            if is_new and [path.name for path in flags.model_dir.iterdir()] == [".lock"]:
+                shutil.rmtree(flags.model_dir)
+            raise
 
 
 def check_flags(flags: TrainFlags) -> None:
@@ -86,8 +103,8 @@ def train(flags: TrainFlags, extra: dict) -> None:
     max_steps = trainer.count_steps(flags, train_set.rows_per_epoch, world_size)
     meta = build_meta(flags, extra, model.config, train_set, tokenizer, parent, max_steps, world_size)
     resumed = find_resumed(flags, meta.fixed)
-    if checkpoint.is_complete(flags.model_dir):
-        print(f"{flags.model_dir}: finished at step {max_steps}; nothing to do")
+    if checkpoint.read_step(resumed) >= max_steps:
+        close_run(flags, resumed)
         return
     run = trainer.RunTrainer(
         model,
@@ -112,6 +129,15 @@ def train(flags: TrainFlags, extra: dict) -> None:
             "--batch_size and double --grad_accum: the steps stay the same"
         ) from None
     finish(run, flags, log, stop)
+
+
+def close_run(flags: TrainFlags, folder: Path) -> None:
+    """Say that `folder` is the last step; publish it when the run was killed before it could."""
+    from firstwords import checkpoint
+
+    if not checkpoint.is_complete(flags.model_dir):
+        checkpoint.publish_final(folder, flags.model_dir)
+    print(f"{flags.model_dir}: finished at step {checkpoint.read_step(folder)}; nothing to do")
 
 
 def choose_device(flags: TrainFlags) -> str:
@@ -147,7 +173,12 @@ def has_bf16(device: str) -> bool:
 
 
 def open_tokenizer(flags: TrainFlags):
-    """Return the folder of the data's tokenizer, and the tokenizer."""
+    """Return the folder of the data's tokenizer, and the tokenizer.
+
+    Raises:
+        MissingInput: when there is none.
+        Mismatch: when `--tokenizer` names another one than the data have.
+    """
     from firstwords.checkpoint import check_folder
     from firstwords.tokenizer import load_tokenizer
 
@@ -158,7 +189,11 @@ def open_tokenizer(flags: TrainFlags):
             f"--data_dir {flags.data_dir}: holds no tokenizer.json; name the folder of the tokenizer that "
             "made the data with --tokenizer"
         )
-    return folder, load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
+    has_own = (flags.data_dir / "tokenizer.json").is_file()
+    if has_own and load_tokenizer(flags.data_dir).hash != tokenizer.hash:
+        raise Mismatch(f"--tokenizer {folder}: is not the one in {flags.data_dir}; leave it out")
+    return folder, tokenizer
 
 
 def open_model(flags: TrainFlags, tokenizer):
@@ -180,9 +215,17 @@ def open_model(flags: TrainFlags, tokenizer):
 
 
 def find_config(cfg: Path) -> Path:
-    """Return the path of a model configuration, named by path or by its name in configs/models."""
+    """Return the path of a model configuration, named by path or by its name in configs/models.
+
+    Raises:
+        MissingInput: when it is neither.
+    """
     named = MODELS / f"{cfg}.json"
-    return named if not cfg.is_file() and named.is_file() else cfg
+    if cfg.is_file() or named.is_file():
+        return cfg if cfg.is_file() else named
+    beside = [str(path) for path in cfg.parent.glob("*.json")]
+    near = suggest(str(cfg), [*beside, *(path.stem for path in MODELS.glob("*.json"))])
+    raise MissingInput(f"--cfg {cfg}: is no file and no name in configs/models; {near}")
 
 
 def check_parent(folder: Path, model, tokenizer) -> dict:
@@ -265,7 +308,7 @@ def find_resumed(flags: TrainFlags, fixed: dict) -> Path | None:
 
     Raises:
         CannotCreate: when the folder is used and `--resume no` was given.
-        Mismatch: when flags or data are not those of the run.
+        Mismatch: when flags or data are not those of the run, or a finished run is asked for more steps.
         Damaged: when checkpoints are there and none is whole.
     """
     from firstwords import checkpoint
@@ -284,6 +327,11 @@ def find_resumed(flags: TrainFlags, fixed: dict) -> Path | None:
     if folder is not None:
         compare_runs(flags, checkpoint.read_manifest(folder)["compare"], fixed["compare"])
         checkpoint.set_aside(flags.model_dir, checkpoint.read_step(folder))
+    if folder == flags.model_dir and checkpoint.read_step(folder) < fixed["max_steps"]:
+        raise Mismatch(
+            f"--max_steps {fixed['max_steps']}: the run in {folder} is finished at step "
+            f"{checkpoint.read_step(folder)}; begin another with --init_model_dir {folder}"
+        )
     return folder
 
 
@@ -306,12 +354,12 @@ def add_callbacks(run, flags: TrainFlags, tokenizer, *, first_step: int):
     """Attach throughput, log and samples in the order in which they hear of things; return the log."""
     from firstwords import trainer
 
+    prompts = read_prompts(flags)
     log = trainer.RunLog(flags.model_dir, first_step)
     run.add_callback(trainer.PendingLoss(run))
     run.add_callback(trainer.LastStep())
     run.add_callback(trainer.Throughput(run))
     run.add_callback(log)
-    prompts = read_prompts(flags)
     if prompts:
         context = run.meta.fixed["longest_row"]
         run.add_callback(trainer.Samples(prompts, log, tokenizer, context))
@@ -319,8 +367,13 @@ def add_callbacks(run, flags: TrainFlags, tokenizer, *, first_step: int):
 
 
 def read_prompts(flags: TrainFlags) -> list[str]:
-    """Return the sample prompts: of the file, or three first questions of the val set."""
-    from firstwords.schema import read_jsonl
+    """Return the sample prompts: of the file, or three first questions of the val set.
+
+    Raises:
+        MissingInput: when the file is not there.
+        BadData: for a row of the val set that is no conversation.
+    """
+    from firstwords.schema import RowError, parse_conversation, read_jsonl
 
     if flags.sample_prompts is not None:
         if not flags.sample_prompts.is_file():
@@ -329,9 +382,16 @@ def read_prompts(flags: TrainFlags) -> list[str]:
     path = flags.data_dir / "val.jsonl"
     if not path.is_file():
         return []
-    rows = [row for (_, row), _ in zip(read_jsonl(path), range(3), strict=False)]
-    firsts = [[turn for turn in row["messages"] if turn["role"] == "user"][0] for row in rows]
-    return [turn["content"] for turn in firsts]
+    prompts = []
+    for (number, row), _ in zip(read_jsonl(path), range(3), strict=False):
+        try:
+            if isinstance(row, RowError):
+                raise row
+            messages = parse_conversation(row)
+        except RowError as error:
+            raise BadData(f"{path}:{number}: {error}; run prep_data.py anew") from None
+        prompts += [message.content for message in messages if message.role == "user"][:1]
+    return prompts
 
 
 def announce(log, flags: TrainFlags, run, resumed: Path | None) -> None:

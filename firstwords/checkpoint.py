@@ -9,6 +9,7 @@ its manifest names, byte for byte.
 """
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers import GPT2Config
 from firstwords import atomic
 from firstwords.errors import Damaged, IOFailed, Mismatch, MissingInput, suggest
 from firstwords.model import CONFIG_KEYS, GPT2LMHeadModel
+
+logger = logging.getLogger(__name__)
 
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
 
@@ -179,7 +182,9 @@ def find_checkpoint(model_dir: Path) -> Path:
     if is_complete(model_dir) or (model_dir / MANIFEST).is_file():
         verify(model_dir)
         return model_dir
-    folder, _ = find_resumable(model_dir)
+    folder, passed_over = find_resumable(model_dir)
+    for reason in passed_over:
+        logger.warning("passed over: %s", reason)
     if folder is None and (model_dir / "config.json").is_file():
         return model_dir
     if folder is None:

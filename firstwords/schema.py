@@ -114,7 +114,7 @@ def read_jsonl(path: Path) -> Iterator[tuple[int, dict | RowError]]:
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
-                yield number, parse_line(line)
+                yield number, parse_line(line.rstrip(b"\r\n"))
 
 
 def parse_line(line: bytes) -> dict | RowError:

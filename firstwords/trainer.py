@@ -15,10 +15,13 @@ import signal
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments
@@ -26,7 +29,7 @@ from transformers.trainer_callback import ExportableState
 
 from firstwords import atomic, checkpoint
 from firstwords.args import TrainFlags
-from firstwords.errors import BadFlag, Diverged
+from firstwords.errors import BadData, BadFlag, Diverged, IOFailed
 from firstwords.generate import Sampling
 from firstwords.optimizer import MuonAdamWFactory
 from firstwords.score import evaluate_loss
@@ -58,7 +61,18 @@ def rows_per_step(flags: TrainFlags, world_size: int) -> int:
 
 
 def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> TrainingArguments:
-    """Turn our flags into `TrainingArguments`; `extra` are fields of it named on the command line."""
+    """Turn our flags into `TrainingArguments`.
+
+    Args:
+        flags: ours.
+        extra: fields of `TrainingArguments` named beside them.
+        max_steps: optimizer steps in all.
+
+    Raises:
+        BadFlag: for a value that it refuses, or an optimizer whose package is not installed.
+    """
+    if "bnb" in flags.optim and find_spec("bitsandbytes") is None:
+        raise BadFlag(f"--optim {flags.optim}: bitsandbytes is not installed; pip install bitsandbytes")
     eval_steps = flags.save_steps if flags.eval_steps is None else flags.eval_steps
     ours = {
         "output_dir": str(flags.model_dir),
@@ -92,7 +106,10 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
     }
     if "lr_scheduler_kwargs" not in extra:
         ours |= _build_schedule(flags, max_steps)
-    return TrainingArguments(**ours | extra)
+    try:
+        return TrainingArguments(**ours | extra)
+    except (ValueError, ImportError) as error:
+        raise BadFlag(f"train.py: {str(error).splitlines()[0]}; see --help") from None
 
 
 def choose_optimizer(flags: TrainFlags) -> tuple[type, dict] | None:
@@ -227,6 +244,12 @@ class RunTrainer(transformers.Trainer):
         rows = self.state.global_step * len(self.train_dataset) / self.args.max_steps
         return rows / self.train_dataset.rows_per_epoch
 
+    def _init_training_state(self, max_steps, *args):
+        begin = super()._init_training_state(max_steps, *args)
+        # Trainer would go on with the intervals of the run before and say nothing.
+        self.state.compute_steps(self.args, max_steps)
+        return begin
+
     def _get_grad_norm(self, model, grad_norm=None):
         # Trainer asks for the norm just before the optimizer's step; a NaN in the loss shows in it too.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
@@ -247,6 +270,9 @@ class RunTrainer(transformers.Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 self._finish_checkpoint(self._staging, run_dir)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            why = str(error).splitlines()[0]
+            raise IOFailed(f"{run_dir}: saving failed ({why}); free some space and run again") from None
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
@@ -388,9 +414,9 @@ class RunLog(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write one line and the scalars."""
+        group = "eval" if "eval_loss" in logs else "train"
         for name, value in logs.items():
-            tag = f"eval/{name.removeprefix('eval_')}" if name.startswith("eval_") else f"train/{name}"
-            self.writer.add_scalar(tag, value, state.global_step)
+            self.writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, state.global_step)
         self.writer.flush()
         self.say(format_line(state.global_step, state.max_steps, logs))
 
@@ -448,7 +474,12 @@ class Samples(TrainerCallback):
             session = ChatSession(
                 model, self.tokenizer, context=self.context, sampling=Sampling(max_new_tokens=48)
             )
-            reply = session.ask(prompt)
-            self.log.say(f"  {prompt}  ->  {reply!r}")
-            self.log.writer.add_text(f"samples/{prompt}", reply, state.global_step)
+            shown = shorten(prompt, 80, placeholder=" ...")
+            try:
+                reply = session.ask(prompt)
+            except BadData as error:
+                self.log.say(f"  {shown}  ->  not asked, {error}")
+                continue
+            self.log.say(f"  {shown}  ->  {reply!r}")
+            self.log.writer.add_text(f"samples/{shown}", reply, state.global_step)
         model.train(was_training)

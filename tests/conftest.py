@@ -1,7 +1,9 @@
 """What all tests share: no network, one thread, two small tokenizers."""
 
+import functools
 import os
 import socket
+import string
 import sys
 
 import pytest
@@ -50,6 +52,7 @@ def no_network():
         guard(name)
     look_up = socket.getaddrinfo
 
+    @functools.wraps(look_up)  # pydocs compares what is documented with what is there
     def look_up_local(host, *args, **options):
         if not is_local(host):
             raise socket.gaierror(f"tests have no network: {host}")
@@ -70,7 +73,7 @@ def tokenizer():
 
 @pytest.fixture(scope="session")
 def char_tokenizer():
-    """A tokenizer of the characters of `SENTENCES` and of those that spell control tokens."""
-    from firstwords.tokenizer import CONTROL_TOKENS, build_char
+    """A tokenizer of the characters of `SENTENCES` and of all that ASCII prints."""
+    from firstwords.tokenizer import build_char
 
-    return build_char([*SENTENCES, *CONTROL_TOKENS])
+    return build_char([*SENTENCES, string.printable])

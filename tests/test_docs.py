@@ -10,12 +10,13 @@ import re
 import shlex
 import subprocess
 import tomllib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from transformers import TrainingArguments
 
 import evaluate
 import inference
@@ -37,7 +38,7 @@ DOCUMENTS = (*TAUGHT, "CONTRIBUTING.md")
 KINDS = {"sh", "sh run", "sh hub", "sh gpu", "text", "json"}
 # What commands may call besides our own scripts, and flags of those that the text names.
 FOREIGN = {"cat", "cd", "conda", "head", "ls", "pip", "source", "tail", "tensorboard", "wsl"}
-FOREIGN_FLAGS = {"--logdir"}
+FOREIGN_FLAGS = {"--logdir", "--install"}
 FILE_NAME = re.compile(r"[\w./-]+\.(py|sh|md|jsonl?|ya?ml|toml|txt|log|bin|jinja|out|safetensors)")
 PARSERS = {
     "prep_text_corpus.py": prep_text_corpus.parse_flags,
@@ -167,7 +168,7 @@ def check_command(command: Command) -> None:
     """Parse a command with the very parser of its script; whatever is wrong with it is raised."""
     script = command.script
     if script is None:
-        is_code = command.words[:2] == ("python", "-c")
+        is_code = command.words[:2] in (("python", "-c"), ("python", "-"))
         assert is_code or command.words[0] in FOREIGN, f"{command}: is no command that documents may call"
     elif script.endswith(".sh"):
         assert (ROOT / script).stat().st_mode & 0o111, f"{command}: cannot be executed"
@@ -283,7 +284,10 @@ def stand_in(command: Command, folder: Path) -> list[str]:
     """Return the flags of a prep command with a file of ours for its Hub set, below `folder`."""
     args = parse_command(command)
     assert args.dataset in HUB_NAMES, f"{command}: {args.dataset!r} is none of {sorted(HUB_NAMES)}"
-    rows = [{key: value.format(n) for key, value in STAND_INS[args.dataset].items()} for n in range(200)]
+    rows = [
+        {key: value.replace("{}", str(n)) for key, value in STAND_INS[args.dataset].items()}
+        for n in range(200)
+    ]
     dataset = write_rows(folder / f"{args.dataset}.jsonl", rows)
     tokenizer = folder / ("seed" if args.tokenizer == "gpt2" else args.tokenizer)
     here = ["--dataset", dataset, "--out_dir", str(folder / args.out_dir), "--tokenizer", str(tokenizer)]
@@ -452,7 +456,7 @@ def test_flags_named_in_the_text_exist(document):
 
 def list_flags() -> set[str]:
     """Return every flag of every script: of train.py from its parser, of others from `add("--...")`."""
-    flags = set(build_train_parser("").flag_names())
+    flags = {*build_train_parser("").flag_names(), *(f"--{spec.name}" for spec in fields(TrainingArguments))}
     for path in list_sources():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):

@@ -101,7 +101,7 @@ def test_padded_batch_equals_the_uncached_forward(model):
 
 
 def test_batch_equals_stream_for_many_prompts(model):
-    prompts = draw_prompts(80, seed=3)
+    prompts = draw_prompts(50, seed=3)
     limits = [random.Random(place).choice([None, 1, 5, 30]) for place in range(len(prompts))]
     stop_ids, banned_ids = set(range(0, VOCAB, 12)), range(90, VOCAB)
     rules = {"stop_ids": stop_ids, "banned_ids": banned_ids}
@@ -117,10 +117,10 @@ def test_batch_equals_stream_for_many_prompts(model):
 
 
 def test_long_replies_outgrow_the_buffer_after_padding_fell_away():
-    model, prompts = build_model(positions=300), draw_prompts(4, seed=8, longest=9)
+    model, prompts = build_model(positions=150), draw_prompts(4, seed=8, longest=9)
     prompts.append([7] * 50)
     rules = {"stop_ids": (), "banned_ids": range(5)}
-    limits = [250, 100, 240, 110, 3]  # the longest prompt leaves first
+    limits = [90, 70, 85, 72, 3]  # the longest prompt leaves first
     singly = [
         list(stream_ids(model, prompt, limit=limit, **rules))
         for prompt, limit in zip(prompts, limits, strict=True)
@@ -129,10 +129,10 @@ def test_long_replies_outgrow_the_buffer_after_padding_fell_away():
 
 
 def test_sampled_replies_do_not_depend_on_the_batch():
-    model, prompts = build_model(), draw_prompts(25, seed=4, longest=30)
+    model, prompts = build_model(), draw_prompts(12, seed=4, longest=30)
     sampling = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=7, repetition_penalty=1.3)
     rules = {"stop_ids": {3, 4, 5}, "sampling": sampling}
-    batched = generate_batch(model, prompts, **rules, batch_size=16)
+    batched = generate_batch(model, prompts, **rules, batch_size=5)
     assert batched == [list(stream_ids(model, prompt, **rules)) for prompt in prompts]
     assert batched == generate_batch(model, prompts[::-1], **rules)[::-1]
     other = Sampling(temperature=0.8, top_k=20, top_p=0.9, seed=8, repetition_penalty=1.3)

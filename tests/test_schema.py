@@ -14,7 +14,9 @@ from firstwords.schema import (
     read_jsonl,
 )
 
-S, U, A = ({"role": role, "content": text} for role, text in (("system", "s"), ("user", "u"), ("assistant", "a")))
+S, U, A = (
+    {"role": role, "content": text} for role, text in (("system", "s"), ("user", "u"), ("assistant", "a"))
+)
 SYSTEM, USER, REPLY = Message("system", "s"), Message("user", "u"), Message("assistant", "a")
 
 
@@ -126,6 +128,7 @@ def test_a_bom_alone_and_an_empty_file_hold_no_row(tmp_path):
         (b'"{}"', "not_an_object", "but is a string"),
         (b"\xef\xbb\xbf{}", "bad_json", "broken JSON at column 1"),
     ],
+    ids=lambda value: repr(value)[:20],
 )
 def test_a_bad_line_gives_its_reason_and_the_next_one_is_read(tmp_path, line, reason, text):
     rows = read_bytes(tmp_path, b'{"n": 1}\n' + line + b'\n{"n": 3}\n')

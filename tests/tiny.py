@@ -7,12 +7,21 @@ import json
 import random
 import signal
 
-from firstwords.args import run_main
+from firstwords.args import TrainFlags, run_main
+from firstwords.dataset import collate, open_train, open_val
+from firstwords.model import build_model
 from firstwords.schema import Message, conversation_row, format_row
 from firstwords.template import CHAT_TEMPLATE, encode_chat
 from firstwords.tokenizer import BYTE_LEVEL, Tokenizer
 from firstwords.tokenstore import FORMAT, TokenStoreWriter
-from firstwords.trainer import SIGNALS
+from firstwords.trainer import (
+    SIGNALS,
+    RunMeta,
+    RunTrainer,
+    build_training_arguments,
+    choose_optimizer,
+    rows_per_step,
+)
 
 BYTES = Tokenizer(BYTE_LEVEL, [bytes([value]) for value in range(256)])
 SHAPE = {
@@ -85,6 +94,27 @@ def build_flags(data_dir, model_dir, cfg, **flags):
         if value is not None:
             words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     return words
+
+
+def build_trainer(data_dir, model_dir, *, model=None, trainer_class=RunTrainer, extra=None, **flags):
+    """Return the trainer of a quick run of 4 steps as train.py builds it, without callbacks of ours."""
+    quick = {"seq_len": 64, "batch_size": 2, "max_steps": 4, "log_steps": 1, "eval_steps": 0, "device": "cpu"}
+    flags = TrainFlags(data_dir=data_dir, model_dir=model_dir, **{**quick, **flags})
+    options = {"assistant_only": flags.assistant_only_loss, "overlong": flags.overlong}
+    train_set = open_train(data_dir, BYTES, flags.seq_len, seed=flags.seed, **options)
+    if model is None:
+        model = build_model(write_config(data_dir / "c.json"), BYTES, seed=flags.seed)
+    return trainer_class(
+        model,
+        build_training_arguments(flags, extra or {}, flags.max_steps),
+        train_set=train_set,
+        val_set=open_val(data_dir, BYTES, flags.seq_len, **options),
+        tokenizer=BYTES,
+        tokenizer_dir=data_dir,
+        meta=RunMeta({}, rows_per_step(flags, 1) * train_set.tokens_per_row, flags.save_total_limit),
+        collate=collate,
+        optimizer_cls_and_kwargs=choose_optimizer(flags),
+    )
 
 
 def run_script(script, words):

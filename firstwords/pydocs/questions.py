@@ -14,7 +14,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations, islice
+from itertools import combinations, islice, zip_longest
 
 from firstwords.pydocs.invented import invented_names
 from firstwords.pydocs.symbols import Symbol, list_symbols, stable_hash
@@ -66,11 +66,11 @@ SMALL_TALK = {
     ),
 }
 
-# What one pass of training holds: exchanges, each of which stands by itself. There is one for each
-# symbol and each of its six training phrasings; the others are given per symbol or as a share.
-FOLLOW_UPS_PER_SYMBOL = 2  # question, summary, follow-up, signature
+# What one pass of training holds: exchanges, each of which stands by itself. Each symbol is asked about
+# once in each of its six training phrasings; the other kinds are given per symbol or as a share.
+FOLLOW_UPS_PER_SYMBOL = 3  # of these six, so many go on: question, summary, follow-up, signature
 NO_SIGNATURE_SHARE = 0.5  # of the symbols without a signature: asked for it, once
-INVENTED_SHARE = 0.25  # of all exchanges: as many swapped as misspelt, and some coined
+INVENTED_SHARE = 0.3  # of all exchanges: as many swapped as misspelt, and some coined
 COINED_SHARE = 0.10  # of the invented ones; only trained, so that `os.frobnicate` is unknown too
 SMALL_TALK_SHARE = 0.015  # of all exchanges: greetings (two of three), thanks, who are you
 BARE_SHARE = 0.10  # of all questions: typed without the backticks
@@ -228,17 +228,19 @@ def build_questions(seed: int = 0, *, passes: int = 1, invented: int | None = No
 
 def _build_real(pick: random.Random) -> Iterator[list[Message]]:
     for symbol in list_symbols():
-        for index in training_phrasings(symbol.name):
-            yield _turn(_quote(index, symbol.name, pick), symbol.summary)
-        yield from _build_follow_ups(symbol, pick)
+        phrasings = training_phrasings(symbol.name)
+        pick.shuffle(phrasings)
+        follow_ups = _draw_follow_ups(symbol, pick)
+        for index, follow_up in zip_longest(phrasings, follow_ups):
+            exchange = _turn(_quote(index, symbol.name, pick), symbol.summary)
+            if follow_up is not None:
+                exchange += _turn(FOLLOW_UPS[follow_up], symbol.signature or NO_SIGNATURE_ANSWER)
+            yield exchange
 
 
-def _build_follow_ups(symbol: Symbol, pick: random.Random) -> Iterator[list[Message]]:
+def _draw_follow_ups(symbol: Symbol, pick: random.Random) -> list[int]:
     wanted = FOLLOW_UPS_PER_SYMBOL if symbol.signature else pick.random() < NO_SIGNATURE_SHARE
-    for index in pick.sample(training_follow_ups(symbol.name), wanted):
-        first = _quote(pick.choice(training_phrasings(symbol.name)), symbol.name, pick)
-        answer = symbol.signature or NO_SIGNATURE_ANSWER
-        yield _turn(first, symbol.summary) + _turn(FOLLOW_UPS[index], answer)
+    return pick.sample(training_follow_ups(symbol.name), wanted)
 
 
 def _build_invented(pick: random.Random, seed: int, count: int) -> Iterator[list[Message]]:
