@@ -7,6 +7,7 @@ Writes evaluation.json and evaluation_replies.jsonl into the folder and prints t
 are those that `pydocs` held out from training; a model of other data gets the losses alone.
 """
 
+import sys
 from pathlib import Path
 
 from firstwords import atomic
@@ -83,7 +84,9 @@ def measure_answers(session, model_dir: Path, seed: int) -> dict:
     def open_session() -> ChatSession:
         return ChatSession(session.model, session.tokenizer, context=session.context)
 
-    answers = answer_questions(open_session, build_held_out(), seed=seed)
+    held_out = build_held_out()
+    print(f"asking {len(held_out.questions):,} questions and more", file=sys.stderr, flush=True)
+    answers = answer_questions(open_session, held_out, seed=seed)
     lines = "".join(format_row(answer.row()) for answer in answers)
     atomic.write_text(model_dir / "evaluation_replies.jsonl", lines)
     return score_answers(answers)
@@ -94,7 +97,7 @@ def check_tokenizer(data_dir: Path, tokenizer) -> None:
     from firstwords.tokenizer import load_tokenizer
 
     if (data_dir / "tokenizer.json").is_file() and load_tokenizer(data_dir).hash != tokenizer.hash:
-        raise Mismatch(f"--data_dir {data_dir}: its tokenizer is not the model's; prepare it with the model's")
+        raise Mismatch(f"--data_dir {data_dir}: made by another tokenizer; prepare it with the model's")
 
 
 def measure_loss(session, args) -> dict:

@@ -7,7 +7,7 @@
 --model_dir is a run, one of its checkpoints, or any model folder; of a run that is still training,
 the newest complete checkpoint is taken. Answers go to stdout, everything else to stderr. Ctrl-C
 stops a reply; at the prompt it clears the line, and twice in a row it leaves. Control characters
-that a model might say (escape sequences of terminals) are left out of what is printed.
+that a model might say (escape sequences of terminals) are printed as U+FFFD.
 """
 
 import os
@@ -17,6 +17,7 @@ from dataclasses import fields
 
 from firstwords.args import build_parser, run_main
 from firstwords.errors import BadData, BadFlag, suggest
+from firstwords.schema import mask_control
 
 HELP = """\
 /help          this list
@@ -24,9 +25,6 @@ HELP = """\
 /system TEXT   set the system message; without TEXT take it away
 /quit          leave (also Ctrl-D)
 Ctrl-C         stop the reply; at the prompt clear the line, twice leave"""
-
-# What a terminal might act on, newline and tab apart: C0, DEL, C1 (0x9b alone begins a sequence).
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def parse_flags(argv: list[str] | None):
@@ -119,7 +117,7 @@ class Chat:
         pieces = self.session.stream(text)
         try:
             for piece in pieces:
-                print(CONTROL_CHARACTERS.sub("", piece), end="", flush=True)
+                print(mask_control(piece), end="", flush=True)
         finally:
             pieces.close()
             print(flush=True)

@@ -10,7 +10,7 @@ stamp=.venv/.installed-$requirements
 find_python() {
   local name
   for name in ${PYTHON:-} python3 python3.11 python3.12 python3.13; do
-    if "$name" -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+    if "$name" -c 'import ensurepip, sys, venv; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
       echo "$name"
       return
     fi

@@ -22,7 +22,6 @@ sides. The rows stay in their order; training shuffles them.
 import argparse
 import json
 import platform
-import re
 import sys
 from array import array
 from collections import Counter
@@ -38,7 +37,7 @@ from firstwords import prep, pydocs
 from firstwords.args import build_parser, run_main
 from firstwords.atomic import stage_folder
 from firstwords.errors import BadData, BadFlag
-from firstwords.schema import Message, RowError, conversation_row, format_row
+from firstwords.schema import Message, RowError, conversation_row, format_row, mask_control
 from firstwords.sources import Sample, find_place, find_shape, read_rows, to_conversation
 from firstwords.sources.places import ROW_SUFFIXES
 from firstwords.template import CHAT_TEMPLATE, encode_chat
@@ -48,8 +47,6 @@ FORMAT = "firstwords-chats-1"
 REPORT = "data_report.json"
 SPLITS = ("train", "val")
 LEARNED_COLOUR, PLAIN_COLOUR = "\x1b[32m", "\x1b[0m"
-# Everything a terminal might act on, but for newline and tab.
-CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -415,7 +412,7 @@ def _mark_learned(ids: list[int], mask: list[int], tokenizer: Tokenizer, begin: 
     for token, learned, next_learned in zip(ids, mask, [*mask[1:], None], strict=True):
         run.append(token)
         if learned != next_learned or token == tokenizer.end_id:
-            text = CONTROL_CHARACTERS.sub("\N{REPLACEMENT CHARACTER}", tokenizer.decode(run))
+            text = mask_control(tokenizer.decode(run))
             shown.append(f"{begin}{text}{end}" if learned else text)
             shown.append("\n" if token == tokenizer.end_id else "")
             run.clear()

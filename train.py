@@ -80,6 +80,10 @@ def check_flags(flags: TrainFlags) -> None:
             raise BadFlag(f"--{name}: is {getattr(flags, name)}; give {least} or more")
     if not flags.lr > 0:
         raise BadFlag(f"--lr: is {flags.lr}; give a number above 0")
+    for name in ("eval_steps", "warmup_steps", "decay_steps", "weight_decay", "min_lr_ratio", "seed"):
+        value = getattr(flags, name)
+        if value is not None and not value >= 0:
+            raise BadFlag(f"--{name}: is {value}; give 0 or more")
 
 
 def train(flags: TrainFlags, extra: dict) -> None:

@@ -11,6 +11,7 @@ has a reason why not. The shape is the one TRL and OpenAI's fine-tuning files us
 """
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import count, cycle
@@ -86,6 +87,15 @@ def check_text(text: str, where: str) -> None:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError("surrogate", f"{where} holds half a surrogate at {error.start}") from None
+
+
+# C0 but for newline and tab, DEL, and C1, of which 0x9b alone begins a sequence.
+_TERMINAL_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def mask_control(text: str) -> str:
+    """Return the text with U+FFFD for what a terminal might act on; newline and tab stay."""
+    return _TERMINAL_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def _check_order(roles: list[str]) -> None:

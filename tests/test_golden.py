@@ -46,17 +46,17 @@ ROOT = Path(train.__file__).parent
 PAIRS = {
     "What is a bird?": "It flies.",
     "What is tea?": "A warm drink, in a cup.",
-    "How many days has a week?": "Seven.",
+    "Wo ist der Löwe? 🦁": "日本語 – im Käfig.",
 }
 
 
 # --- 1: learns and stops
 
 
-def memorise(folder, encode=encode_chat):
+def memorise(folder, tokenizer, encode=encode_chat):
     """Train the three pairs by train.py until they are known, and open a chat with what came out."""
     talks = [talk(question, answer) for question, answer in PAIRS.items()]
-    data = write_chats(folder / "data", talks, encode=encode)
+    data = write_chats(folder / "data", talks, encode=encode, tokenizer=tokenizer)
     cfg = write_config(folder / "c.json", n_layer=2, n_embd=64)
     flags = {"max_steps": 60, "lr": 1e-2, "warmup_steps": 5, "batch_size": 1, "seq_len": 128}
     words = build_flags(data, folder / "run", cfg, **flags)
@@ -74,9 +74,9 @@ def check_learns_and_stops(session):
 
 
 @pytest.fixture(scope="module")
-def memorised(tmp_path_factory):
+def memorised(tmp_path_factory, tokenizer):
     begin = time.process_time()
-    session = memorise(tmp_path_factory.mktemp("memorised"))
+    session = memorise(tmp_path_factory.mktemp("memorised"), tokenizer)
     assert time.process_time() - begin < 60, "a minute of a CPU is the promise"
     return session
 
@@ -85,7 +85,7 @@ def test_1_learns_and_stops(memorised):
     check_learns_and_stops(memorised)
 
 
-def test_1_labels_shifted_twice_are_seen(tmp_path, monkeypatch):
+def test_1_labels_shifted_twice_are_seen(tmp_path, tokenizer, monkeypatch):
     read_row = PackedChats.read_row
 
     def shift(self, conversations):
@@ -96,16 +96,16 @@ def test_1_labels_shifted_twice_are_seen(tmp_path, monkeypatch):
 
     monkeypatch.setattr(PackedChats, "read_row", shift)
     with pytest.raises(AssertionError):
-        check_learns_and_stops(memorise(tmp_path))
+        check_learns_and_stops(memorise(tmp_path, tokenizer))
 
 
-def test_1_a_masked_end_token_is_seen(tmp_path):
+def test_1_a_masked_end_token_is_seen(tmp_path, tokenizer):
     def mask_end(messages, tokenizer):
         ids, mask = encode_chat(messages, tokenizer)
         return ids, [bit * (i != tokenizer.end_id) for i, bit in zip(ids, mask, strict=True)]
 
     with pytest.raises(AssertionError):
-        check_learns_and_stops(memorise(tmp_path, mask_end))
+        check_learns_and_stops(memorise(tmp_path, tokenizer, mask_end))
 
 
 # --- 2: the loss
@@ -535,7 +535,7 @@ def check_plain_loading(folder, session):
     assert config["architectures"] == ["GPT2LMHeadModel"]
     assert "auto_map" not in config
     generation = json.loads((folder / "generation_config.json").read_text())
-    assert set(generation["eos_token_id"]) == {BYTES.end_id, BYTES.endoftext_id}
+    assert set(generation["eos_token_id"]) == {session.tokenizer.end_id, session.tokenizer.endoftext_id}
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     assert type(model) is transformers.GPT2LMHeadModel
@@ -558,12 +558,12 @@ def test_7_the_finished_folder_loads_everywhere(memorised):
 
 
 @pytest.mark.parametrize("broken", ["stop ids", "template", "architecture"])
-def test_7_a_folder_that_lacks_something_is_seen(memorised, tmp_path, broken):
+def test_7_a_folder_that_lacks_something_is_seen(memorised, tokenizer, tmp_path, broken):
     for path in memorised.folder.glob("*.*"):
         if path.is_file():
             (tmp_path / path.name).write_bytes(path.read_bytes())
     edits = {
-        "stop ids": ("generation_config.json", "eos_token_id", [BYTES.endoftext_id]),
+        "stop ids": ("generation_config.json", "eos_token_id", [tokenizer.endoftext_id]),
         "architecture": ("config.json", "architectures", ["OurGPT2"]),
     }
     if broken == "template":

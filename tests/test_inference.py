@@ -20,6 +20,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import inference
 from firstwords.checkpoint import write_manifest
 from firstwords.errors import BadData, BadFlag, Damaged, MissingInput
+from firstwords.schema import mask_control
 from firstwords.session import load_session
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import BYTE_LEVEL, Tokenizer
@@ -93,8 +94,9 @@ def test_control_characters_of_the_model_do_not_reach_the_terminal(capsys):
     everything = "".join(map(chr, range(256)))
     inference.Chat(StubSession(["\x1b[31mred\x9b0m\x07", everything])).answer("Hi")
     out = capsys.readouterr().out
-    visible = "".join(chr(i) for i in range(256) if 32 <= i < 127 or i >= 160 or chr(i) in "\t\n")
-    assert out == f"[31mred0m{visible}\n"
+    harmless = {*"\t\n", *map(chr, range(32, 127)), *map(chr, range(160, 256))}
+    visible = "".join(c if c in harmless else "\ufffd" for c in everything)
+    assert out == f"\ufffd[31mred\ufffd0m\ufffd{visible}\n"
 
 
 def test_ctrl_c_while_printing_closes_the_stream_at_once(monkeypatch):
@@ -172,7 +174,7 @@ def test_prompts_continue_one_conversation(model_dir, capsys):
     assert (session.sampling.seed, session.sampling.top_k) == (3, 40)
     replies = [session.ask(text) for text in ("Hi", "/help")]
     assert len(session.messages) == 5
-    clean = [inference.CONTROL_CHARACTERS.sub("", reply) for reply in replies]
+    clean = [mask_control(reply) for reply in replies]
     assert printed.out == f"{clean[0]}\n{clean[1]}\n"
     first_line = printed.err.splitlines()[0]
     assert first_line.startswith(f"loaded {model_dir / 'checkpoint-20'}: step 20, ")

@@ -104,9 +104,15 @@ def test_a_bin_of_nanogpts_opens_without_corpus_json(tmp_path):
     assert read_corpus(tmp_path) == {}
     store = open_store(tmp_path, "train")
     assert store.tokens.tolist() == FLAT
-    hashes = {store.hash}
-    for changed in ([*FLAT, 1], [4, *FLAT[1:]], [*FLAT[:-1], 4]):
-        np.array(changed, dtype=np.uint16).tofile(tmp_path / "train.bin")
+
+
+def test_the_hash_of_a_bin_without_corpus_json_knows_its_size_and_both_ends(tmp_path):
+    tokens = np.zeros(1_500_000, dtype=np.uint16)
+    hashes = set()
+    for size, changed in ((1_500_000, []), (1_400_000, []), (1_500_000, [0]), (1_500_000, [-1])):
+        spoilt = tokens[:size].copy()
+        spoilt[changed] = 1
+        spoilt.tofile(tmp_path / "train.bin")
         hashes.add(open_store(tmp_path, "train").hash)
     assert len(hashes) == 4
 
