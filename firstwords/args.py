@@ -95,8 +95,9 @@ def run_main(main, argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     try:
         main(argv)
+        sys.stdout.flush()
     except BrokenPipeError:
-        sys.stdout = None  # the reader has gone; nothing is left to flush at the exit
+        sys.stdout = None  # the reader has gone, as `| head` does: Python is not to flush at the exit
     except (FirstwordsError, KeyboardInterrupt, OSError) as error:
         if "--debug" in argv:
             traceback.print_exc()

@@ -1,6 +1,7 @@
 """The command line: flag beats recipe beats default, errors are one line, and --help is quick."""
 
 import ast
+import os
 import re
 import subprocess
 import sys
@@ -329,12 +330,18 @@ def test_words_of_main_come_from_the_command_line_by_default(monkeypatch):
     assert taken == [["--a", "b"]]
 
 
-def test_a_reader_that_has_gone_ends_the_script_quietly():
+@pytest.mark.parametrize("lines", [1, 10_000])
+def test_a_reader_that_has_gone_ends_the_script_quietly(lines):
     code = (
-        "from firstwords.args import run_main\nrun_main(lambda argv: [print('x' * 999) for _ in range(9999)])"
+        f"from firstwords.args import run_main\nrun_main(lambda argv: [print('x') for _ in range({lines})])"
     )
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     process = subprocess.Popen(
-        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=buffered,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     process.stdout.close()
     assert process.stderr.read() == b""

@@ -332,7 +332,9 @@ def add_a_token(spec):
 FOREIGN = {
     "unigram": lambda spec: spec.update(model={"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": 0}),
     "word pieces": lambda spec: spec["model"].update(type="WordPiece") or spec["model"].pop("merges"),
-    "words": lambda spec: spec.update(model={"type": "WordLevel", "vocab": {"the": 0, "a": 1}}),
+    "words": lambda spec: spec.update(
+        model={"type": "WordLevel", "vocab": {"the": 0, "a": 1}}, added_tokens=[]
+    ),
     "metaspace": lambda spec: spec["pre_tokenizer"].update(type="Metaspace"),
     "no splitter": lambda spec: spec.update(pre_tokenizer=None),
     "a blank in front": lambda spec: spec["pre_tokenizer"].update(add_prefix_space=True),
