@@ -19,10 +19,11 @@ from firstwords.schema import format_row
 def main(argv: list[str]) -> None:
     """Parse the flags, measure, write and print."""
     args = parse_args(argv)
+    from firstwords.model import find_device, quiet_transformers
     from firstwords.session import load_session
 
-    check_device(args.device)
-    session = load_session(args.model_dir, device=args.device)
+    quiet_transformers()
+    session = load_session(args.model_dir, device=find_device(args.device))
     losses = measure_loss(session, args)
     figures: dict = {"checkpoint": session.folder.name, "step": session.manifest.get("step")}
     if asks_questions(args.questions, session.manifest):
@@ -43,7 +44,9 @@ def parse_args(argv: list[str]):
     parser = build_parser(__doc__)
     parser.add_argument("--model_dir", type=Path, required=True, help="run, checkpoint or model folder")
     parser.add_argument("--data_dir", type=Path, help="data for the loss; default: what it trained on")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda", "mps"], help="default cpu")
+    parser.add_argument(
+        "--device", default="auto", choices=["auto", "cpu", "cuda", "mps"], help="default auto"
+    )
     parser.add_argument("--batch_size", type=int, default=16, help="rows at a time (default 16)")
     parser.add_argument("--seed", type=int, default=0, help="draws the questions (default 0)")
     parser.add_argument(
@@ -56,15 +59,6 @@ def parse_args(argv: list[str]):
     if args.batch_size < 1:
         raise BadFlag(f"--batch_size: is {args.batch_size}; give 1 or more")
     return args
-
-
-def check_device(device: str) -> None:
-    """Raise `BadFlag` when this machine has no such device."""
-    import torch
-
-    found = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not found[device]:
-        raise BadFlag(f"--device {device}: this machine has none; use --device cpu")
 
 
 def asks_questions(wish: str, manifest: dict) -> bool:

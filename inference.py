@@ -16,7 +16,7 @@ import sys
 from dataclasses import fields
 
 from firstwords.args import build_parser, run_main
-from firstwords.errors import BadData, BadFlag, suggest
+from firstwords.errors import BadData, suggest
 from firstwords.schema import mask_control
 
 HELP = """\
@@ -61,12 +61,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def open_session(flags):
     """Load what `--model_dir` names and say what that is."""
-    from transformers.utils import logging
-
+    from firstwords.model import quiet_transformers
     from firstwords.session import load_session
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    quiet_transformers()
     device, why = pick_device(flags.device)
     session = load_session(
         flags.model_dir, device=device, system=flags.system or None, sampling=build_sampling(flags)
@@ -90,19 +88,12 @@ def pick_device(name: str) -> tuple[str, str]:
     Raises:
         BadFlag: when this machine has no such device.
     """
-    import torch
+    from firstwords.model import find_device
 
-    found = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        chosen = next(device for device in found if found[device])
-        return chosen, " (auto: no GPU found)" if chosen == "cpu" else " (auto)"
-    if not found[name]:
-        raise BadFlag(f"--device {name}: torch {torch.__version__} finds none here; use --device auto or cpu")
-    return name, ""
+    device = find_device(name)
+    if name != "auto":
+        return device, ""
+    return device, " (auto: no GPU found)" if device == "cpu" else " (auto)"
 
 
 class Chat:

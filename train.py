@@ -89,13 +89,12 @@ def check_flags(flags: TrainFlags) -> None:
 def train(flags: TrainFlags, extra: dict) -> None:
     """Build everything, train, and end with the finished model in the run folder."""
     import torch
-    import transformers
 
     from firstwords import checkpoint, trainer
     from firstwords.dataset import collate, open_train, open_val
+    from firstwords.model import quiet_transformers
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    quiet_transformers()
     flags.device = choose_device(flags)
     tokenizer_dir, tokenizer = open_tokenizer(flags)
     options = {"assistant_only": flags.assistant_only_loss, "overlong": flags.overlong}
@@ -150,30 +149,12 @@ def choose_device(flags: TrainFlags) -> str:
     Raises:
         BadFlag: for a device that is not there, or bf16 that it has not.
     """
-    import torch
+    from firstwords.model import find_device, has_bf16
 
-    there = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    device = flags.device
-    if device == "auto":
-        device = next(name for name in ("cuda", "mps", "cpu") if there[name])
-    if not there[device]:
-        raise BadFlag(f"--device {device}: this machine has none; use --device cpu")
+    device = find_device(flags.device)
     if flags.bf16 and not has_bf16(device):
         raise BadFlag(f"--bf16: this {device} cannot compute in bfloat16; leave it out")
     return device
-
-
-def has_bf16(device: str) -> bool:
-    """Tell whether bfloat16 is computed in hardware: on a CPU, by avx512_bf16 or AMX."""
-    import torch
-
-    if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def open_tokenizer(flags: TrainFlags):

@@ -23,7 +23,7 @@ from benchmarks.record import measure_pairs, write_result
 from firstwords import trainer
 from firstwords.args import TrainFlags
 from firstwords.dataset import collate, open_train, read_chats
-from firstwords.model import IGNORED, build_model, read_config
+from firstwords.model import IGNORED, build_model, has_bf16, quiet_transformers, read_config
 from firstwords.tokenizer import load_tokenizer
 
 CONFIG = Path("configs/models/small_test.json")
@@ -121,15 +121,10 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu"], default="cpu")
     parser.add_argument("--pairs", type=int, default=5)
     args = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    measure("train_cpu_vs_stock_fp32", args, ours_bf16=has_bf16(), rival_bf16=False)
-    if has_bf16():
+    quiet_transformers()
+    measure("train_cpu_vs_stock_fp32", args, ours_bf16=has_bf16("cpu"), rival_bf16=False)
+    if has_bf16("cpu"):
         measure("train_cpu_vs_stock_bf16", args, ours_bf16=True, rival_bf16=True)
-
-
-def has_bf16() -> bool:
-    """Tell whether this CPU computes in bfloat16."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def measure(row: str, args, *, ours_bf16: bool, rival_bf16: bool) -> None:

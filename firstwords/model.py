@@ -160,3 +160,30 @@ def grow_vocabulary(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
     with torch.no_grad():
         rows = model.transformer.wte.weight[old:]
         rows.normal_(mean=0.0, std=model.config.initializer_range)
+
+
+def quiet_transformers() -> None:
+    """Leave the screen to the script: no bar per file, no advice that does not hold for packed rows."""
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+def find_device(name: str) -> str:
+    """Return `cpu`, `cuda` or `mps`; `auto` takes the first GPU that is there, else the CPU.
+
+    Raises:
+        BadFlag: for a device that this machine has not.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return next(device for device in there if there[device])
+    if not there.get(name):
+        raise BadFlag(f"--device {name}: torch {torch.__version__} finds none here; use --device cpu")
+    return name
+
+
+def has_bf16(device: str) -> bool:
+    """Tell whether bfloat16 is computed in hardware: on a CPU, by avx512_bf16 or AMX."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

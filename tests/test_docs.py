@@ -202,7 +202,9 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-@pytest.mark.parametrize("command", [*list_commands(), *list_run_all(), *list_inline()], ids=str)
+@pytest.mark.parametrize(
+    "command", [*list_commands(documents=DOCUMENTS), *list_run_all(), *list_inline()], ids=str
+)
 def test_command_parses(command):
     check_command(command)
 

@@ -147,7 +147,7 @@ def other(tmp_path):
         (["--model_dir", "{folder}/b", "--data_dir", "{other}"], 78, "made by another tokenizer"),
         (["--model_dir", "{folder}/b", "--batch_size", "0"], 2, "--batch_size: is 0; give 1 or more"),
         (["--model_dir", "{folder}/b", "--device", "tpu"], 2, "--device"),
-        (["--model_dir", "{folder}/b", "--device", "mps"], 2, "--device mps: this machine has none"),
+        (["--model_dir", "{folder}/b", "--device", "mps"], 2, "--device mps: torch"),
         (["--model_dir", "{folder}/b", "--modeldir", "x"], 2, "did you mean '--model_dir'"),
         ([], 2, "--model_dir"),
     ],

@@ -361,6 +361,15 @@ def test_a_tokenizer_that_would_give_other_ids_is_refused(tokenizer, tmp_path, n
     assert "\n" not in str(caught.value)
 
 
+def test_characters_with_gaps_are_refused(char_tokenizer, tmp_path):
+    def leave_gap(spec):
+        spec["model"]["vocab"]["Ω"] = 5000
+        spec["added_tokens"] = []
+
+    with pytest.raises(Mismatch, match="its ids have gaps"):
+        load_tokenizer(edit_json(char_tokenizer, tmp_path, leave_gap))
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"model": 1, "pre_tokenizer": null}', "\xff"])
 def test_a_broken_file_is_refused(tmp_path, text):
     (tmp_path / "tokenizer.json").write_bytes(text.encode("latin-1"))

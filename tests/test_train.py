@@ -23,7 +23,7 @@ from tiny import (
 )
 
 import train
-from firstwords import atomic
+from firstwords import atomic, model
 from firstwords.args import TrainFlags
 from firstwords.checkpoint import list_checkpoints, load_model, read_manifest, verify
 from firstwords.model import GPT2LMHeadModel
@@ -140,7 +140,7 @@ def test_a_folder_that_was_there_stays_there(home, tmp_path):
 
 
 def test_bf16_where_it_cannot_be_had_is_refused(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "has_bf16", lambda device: False)
+    monkeypatch.setattr(model, "has_bf16", lambda device: False)
     code, errors = go(home, tmp_path / "run", bf16=True)
     assert (code, errors) == (2, "error: --bf16: this cpu cannot compute in bfloat16; leave it out\n")
     assert not (tmp_path / "run").exists()
@@ -150,13 +150,13 @@ def test_bf16_where_it_cannot_be_had_is_refused(home, tmp_path, monkeypatch):
 def test_bf16_of_a_cpu_is_that_of_its_hardware(monkeypatch, feature):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
-    assert not train.has_bf16("cpu")
+    assert not model.has_bf16("cpu")
     monkeypatch.setattr(torch.cpu, feature, lambda: True)
-    assert train.has_bf16("cpu")
+    assert model.has_bf16("cpu")
 
 
 def test_bf16_keeps_the_weights_in_fp32(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "has_bf16", lambda device: True)  # slower elsewhere, but the same
+    monkeypatch.setattr(model, "has_bf16", lambda device: True)  # slower elsewhere, but the same
     for name, flags in {"exact": {}, "rough": {"bf16": True}}.items():
         assert go(home, tmp_path / name, log_steps=1, **flags) == (0, "")
     exact, rough = (read_losses(tmp_path / name) for name in ("exact", "rough"))
