@@ -21,7 +21,7 @@ if grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then
 else
   echo
   echo "This CPU has no bfloat16 (avx512_bf16 or amx_bf16): training uses fp32."
-  echo "Estimate: about FP32_MINUTES minutes on 2 cores (measured, see BENCHMARKS.md)."
+  echo "Estimate: about 11 minutes on 2 cores (measured once on such a CPU, see BENCHMARKS.md)."
 fi
 
 run python prep_text_corpus.py --dataset pydocs --out_dir data/pydocs
@@ -37,7 +37,7 @@ else
   # No terminal on stdin: five questions of one conversation, and the figures once more.
   run python inference.py --model_dir runs/pydocs_chat \
     --prompt 'Hello' \
-    --prompt 'What does `shutil.copytree` do?' \
+    --prompt 'What does `os.listdir` do?' \
     --prompt 'What are its arguments?' \
     --prompt 'Explain `math.sqrt`.' \
     --prompt 'What does `os.frobnicate` do?'

@@ -9,8 +9,10 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     1  tokenizer    GPT-2's BPE, own BPE, characters; control tokens
     1  sources      rows of any known shape -> conversations; texts -> documents
     1  packing      lengths -> fixed rows
+    1  prep         what both prep scripts share: flags, rejected rows, finished folders
     2  template     CONTRACT: conversation -> ids and mask
     3  model        configuration -> GPT2LMHeadModel, and its loss
+    3  optimizer    Muon and AdamW as one
     4  dataset      prepared data -> rows of tensors
     4  checkpoint   CONTRACT: the checkpoint folder and the run folder
     4  generate     prompt ids -> reply ids

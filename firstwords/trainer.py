@@ -69,10 +69,13 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
         max_steps: optimizer steps in all.
 
     Raises:
-        BadFlag: for a value that it refuses, or an optimizer whose package is not installed.
+        BadFlag: for a value that it refuses, an optimizer whose package is not installed, or
+            checkpoints from which Trainer would go on with a fresh optimizer and say nothing.
     """
     if "bnb" in flags.optim and find_spec("bitsandbytes") is None:
         raise BadFlag(f"--optim {flags.optim}: bitsandbytes is not installed; pip install bitsandbytes")
+    if extra.get("save_only_model"):
+        raise BadFlag("--save_only_model: such a run could not be gone on with; leave it out")
     eval_steps = flags.save_steps if flags.eval_steps is None else flags.eval_steps
     ours = {
         "output_dir": str(flags.model_dir),

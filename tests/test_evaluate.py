@@ -81,6 +81,20 @@ def test_a_chat_model_is_measured_on_text_too(folder):
     assert read_figures(folder / "b")["val_bytes"] == 9 * len("birds and tea ") - 1
 
 
+def test_conversations_longer_than_a_row_follow_the_policy_of_the_training(folder, tmp_path):
+    data = write_chats(tmp_path / "data", invent_talks(3), [talk("tea", "x"), talk("bird", "y" * 300)])
+    manifest = json.loads((folder / "b" / "manifest.json").read_text())
+    tokens = {}
+    for policy in ("drop", "truncate"):
+        run = tmp_path / policy
+        shutil.copytree(folder / "b", run)
+        flags = manifest["flags"] | {"overlong": policy}
+        (run / "manifest.json").write_text(json.dumps(manifest | {"flags": flags}))
+        assert measure(run, "--data_dir", data) == (0, "")
+        tokens[policy] = read_figures(run)["val_tokens"]
+    assert tokens == {"drop": 2, "truncate": 2 + 256 - len("<bird><")}
+
+
 def test_an_unfinished_run_is_measured_at_its_newest_checkpoint(folder, tmp_path):
     shutil.copytree(folder / "b" / "checkpoint-2", tmp_path / "run" / "checkpoint-2")
     assert measure(tmp_path / "run")[0] == 0
