@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import socket
 import string
 import sys
@@ -19,6 +20,12 @@ SENTENCES = (
     "日本語のテキスト 🎉 привет мир",
 )
 LOCAL = ("localhost", "::1", "0.0.0.0", "", None)
+
+
+def pytest_configure(config):
+    # Started in the background or by nohup, a process ignores these; the tests of signals send them.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_finish(session):

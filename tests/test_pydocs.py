@@ -18,7 +18,8 @@ from firstwords.pydocs.invented import invented_names, is_held_out_name, is_real
 from firstwords.schema import conversation_row, parse_conversation
 
 ROOT = Path(__file__).parents[1]
-PATCHED_BY_PYTEST = {"sys.unraisablehook", "threading.excepthook", "sys.breakpointhook"}
+# By pytest, and the last by torch where another test has imported it.
+PATCHED = {"sys.unraisablehook", "threading.excepthook", "sys.breakpointhook", "inspect.getfile"}
 
 
 def resolve(name: str):
@@ -36,7 +37,7 @@ def resolve(name: str):
 
 
 def list_unpatched() -> list:
-    return [s for s in pydocs.list_symbols() if s.name not in PATCHED_BY_PYTEST]
+    return [s for s in pydocs.list_symbols() if s.name not in PATCHED]
 
 
 def exists(name: str) -> bool:
