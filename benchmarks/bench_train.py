@@ -73,12 +73,11 @@ def run_ours(data_dir: Path, bf16: bool) -> float:
 def run_rival(data_dir: Path, bf16: bool, batch_size: int) -> float:
     """Train with the plain Trainer; return real tokens per second."""
     tokenizer = load_tokenizer(data_dir)
-    rows, lengths = read_rows(data_dir)
+    rows = read_rows(data_dir)
     config = GPT2Config(
         **read_config(CONFIG) | {"activation_function": "gelu_new"},
         vocab_size=tokenizer.vocab_size_padded,
     )
-    config.loss_type = None
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config)
     clock, used = Clock(), []
@@ -103,7 +102,7 @@ def run_rival(data_dir: Path, bf16: bool, batch_size: int) -> float:
     return sum(used[WARM_UP : WARM_UP + STEPS]) / (clock.end - clock.begin)
 
 
-def read_rows(data_dir: Path) -> tuple[list[dict], list[int]]:
+def read_rows(data_dir: Path) -> list[dict]:
     """Return the same conversations as ours, one a row."""
     chats = read_chats(data_dir / "train_tokenized.jsonl")
     rows = []
@@ -111,7 +110,7 @@ def read_rows(data_dir: Path) -> tuple[list[dict], list[int]]:
         ids = chats.ids[begin:end].tolist()
         labels = [i if learned else IGNORED for i, learned in zip(ids, chats.masks[begin:end], strict=True)]
         rows.append({"input_ids": ids, "labels": labels, "attention_mask": [1] * len(ids)})
-    return rows, [len(row["input_ids"]) for row in rows]
+    return rows
 
 
 def main() -> None:

@@ -71,25 +71,24 @@ def sync_folder(folder: Path) -> None:
 
 def replace_folder(staging: Path, target: Path) -> None:
     """Rename `staging` to `target`; a folder that stood there is renamed away first, then deleted."""
+    trash = _name_trash(target)
     if target.exists():
-        remove_folder(target, only_rename=staging)
-    else:
-        staging.rename(target)
+        target.rename(trash)
+    staging.rename(target)
+    if trash.exists():
+        shutil.rmtree(trash)
     _sync_entry(target.parent)
 
 
-def remove_folder(folder: Path, *, only_rename: Path | None = None) -> None:
-    """Delete a folder so that a kill in between leaves it whole or in the trash, never in part.
-
-    Args:
-        folder: what goes.
-        only_rename: a folder that takes its place as soon as it is out of the way.
-    """
-    trash = folder.parent / f"{TRASH}{os.getpid()}-{folder.name}"
+def remove_folder(folder: Path) -> None:
+    """Delete a folder so that a kill in between leaves it whole or in the trash, never in part."""
+    trash = _name_trash(folder)
     folder.rename(trash)
-    if only_rename is not None:
-        only_rename.rename(folder)
     shutil.rmtree(trash)
+
+
+def _name_trash(folder: Path) -> Path:
+    return folder.parent / f"{TRASH}{os.getpid()}-{folder.name}"
 
 
 def sweep_leftovers(folder: Path) -> list[str]:
