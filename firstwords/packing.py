@@ -21,18 +21,23 @@ def pack_rows(lengths: np.ndarray, seq_len: int) -> list[np.ndarray]:
         rows as arrays of item numbers; the order within a row is that of the placing.
     """
     assert lengths.max(initial=0) <= seq_len, f"{lengths.max()} tokens do not fit {seq_len}"
-    # rows_with[r] holds the rows that have exactly r tokens of room left.
+    # rows_with[r] holds the rows that have exactly r tokens of room left; bit r of `rooms` is set where
+    # there are any, so that the least room that is enough is the lowest bit of a shifted integer.
     rows_with: list[list[list[int]]] = [[] for _ in range(seq_len + 1)]
     rows: list[list[int]] = []
-    for item in np.argsort(-lengths, kind="stable"):
+    rooms = 0
+    for item in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
         length = int(lengths[item])
-        room = next((room for room in range(length, seq_len + 1) if rows_with[room]), None)
-        if room is None:
-            row = []
-            rows.append(row)
-            room = seq_len
-        else:
+        enough = rooms >> length
+        if enough:
+            room = length + (enough & -enough).bit_length() - 1
             row = rows_with[room].pop()
-        row.append(int(item))
+            if not rows_with[room]:
+                rooms ^= 1 << room
+        else:
+            rows.append(row := [])
+            room = seq_len
+        row.append(item)
         rows_with[room - length].append(row)
+        rooms |= 1 << (room - length)
     return [np.array(row) for row in rows]
