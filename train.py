@@ -16,6 +16,7 @@ import shutil
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 
 from firstwords import atomic
 from firstwords.args import TrainFlags, parse_train_args, run_main
@@ -23,6 +24,7 @@ from firstwords.errors import (
     BadData,
     BadFlag,
     CannotCreate,
+    Damaged,
     FirstwordsError,
     Mismatch,
     MissingInput,
@@ -96,7 +98,7 @@ def train(flags: TrainFlags, extra: dict) -> None:
 
     quiet_transformers()
     flags.device = choose_device(flags)
-    tokenizer_dir, tokenizer = open_tokenizer(flags)
+    tokenizer = open_tokenizer(flags)
     options = {"assistant_only": flags.assistant_only_loss, "overlong": flags.overlong}
     model, parent = open_model(flags, tokenizer)
     check_context(flags, model)
@@ -115,7 +117,6 @@ def train(flags: TrainFlags, extra: dict) -> None:
         train_set=train_set,
         val_set=val_set,
         tokenizer=tokenizer,
-        tokenizer_dir=tokenizer_dir,
         meta=meta,
         collate=collate,
         optimizer_cls_and_kwargs=trainer.choose_optimizer(flags),
@@ -130,6 +131,11 @@ def train(flags: TrainFlags, extra: dict) -> None:
         raise OutOfMemory(
             f"--batch_size {flags.batch_size} rows of --seq_len {flags.seq_len} do not fit; halve "
             "--batch_size and double --grad_accum: the steps stay the same"
+        ) from None
+    except UnpicklingError:
+        raise Damaged(
+            f"{resumed}: its state holds other things than numbers, and is not loaded; begin anew with "
+            f"--init_model_dir {resumed}"
         ) from None
     finish(run, flags, log, stop)
 
@@ -158,7 +164,7 @@ def choose_device(flags: TrainFlags) -> str:
 
 
 def open_tokenizer(flags: TrainFlags):
-    """Return the folder of the data's tokenizer, and the tokenizer.
+    """Return the data's tokenizer.
 
     Raises:
         MissingInput: when there is none.
@@ -178,7 +184,7 @@ def open_tokenizer(flags: TrainFlags):
     has_own = (flags.data_dir / "tokenizer.json").is_file()
     if has_own and load_tokenizer(flags.data_dir).hash != tokenizer.hash:
         raise Mismatch(f"--tokenizer {folder}: is not the one in {flags.data_dir}; leave it out")
-    return folder, tokenizer
+    return tokenizer
 
 
 def open_model(flags: TrainFlags, tokenizer):

@@ -60,7 +60,6 @@ def run_ours(data_dir: Path, bf16: bool) -> float:
             train_set=train_set,
             val_set=None,
             tokenizer=tokenizer,
-            tokenizer_dir=data_dir,
             meta=trainer.RunMeta({}, ROWS * train_set.tokens_per_row, 1),
             collate=collate,
         )

@@ -102,9 +102,14 @@ def run_main(main, argv: list[str] | None = None) -> None:
         if "--debug" in argv:
             traceback.print_exc()
         code, text = _describe_error(error)
-        print(f"error: {text}", file=sys.stderr)
+        print(f"error: {_escape(text)}", file=sys.stderr)
         sys.exit(code)
     sys.exit(0)
+
+
+def _escape(text: str) -> str:
+    # A message may quote names and values of strangers: none of them is to act on the terminal.
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _describe_error(error: BaseException) -> tuple[int, str]:

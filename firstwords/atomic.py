@@ -154,6 +154,11 @@ def hash_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def open_no_link(path: str, flags: int) -> int:
+    """Open as `open` does, but for a symbolic link, which is an OSError; for its `opener`."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
     """Hold `folder/.lock` for the block; the kernel frees it when the process dies, however it dies.
@@ -163,7 +168,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")  # noqa: SIM115 - held open for the whole block
+        # What holds the lock is truncated: never through a link that leads to another file.
+        file = open(folder / ".lock", "a+", opener=open_no_link)  # noqa: SIM115 - held open for the whole block
     except OSError as error:
         raise CannotCreate(f"{folder}: cannot be written ({error.strerror}); name another") from None
     with file:

@@ -15,7 +15,9 @@ import shutil
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import GPT2Config
 
 from firstwords import atomic
@@ -26,8 +28,14 @@ logger = logging.getLogger(__name__)
 
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
 
+# The longest configuration or manifest that is read; ours have a few thousand bytes.
+JSON_BYTES = 1 << 20
+
 # Of a checkpoint, what only its own run needs to go on.
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What old GPT-2 files hold beside the weights: the causal mask.
+_BUFFERS = (".attn.bias", ".attn.masked_bias")
 _SPECIAL_IDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "model_type")
 
 
@@ -56,12 +64,25 @@ def read_manifest(folder: Path) -> dict:
     path = folder / MANIFEST
     if not path.is_file():
         return {}
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        manifest["files"].items()
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged(f"{path}: is broken; go back to another checkpoint") from None
+    manifest = _read_json(path)
+    files, counts = manifest.get("files"), [manifest.get(key, 0) for key in ("step", "longest_row")]
+    # A name that leads elsewhere would have us read, and tell about, what lies there.
+    is_ours = isinstance(files, dict) and all(name and Path(name).name == name for name in files)
+    if not is_ours or any(type(count) is not int or count < 0 for count in counts):
+        raise Damaged(f"{path}: is broken; go back to another checkpoint")
     return manifest
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        if path.stat().st_size > JSON_BYTES:
+            raise ValueError
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        values = None
+    if not isinstance(values, dict):
+        raise Damaged(f"{path}: is broken; go back to another checkpoint")
+    return values
 
 
 def read_step(folder: Path | None) -> int:
@@ -258,30 +279,24 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> GPT2LMHea
         Mismatch: when the weights are not those of the configuration.
     """
     config = _read_model_config(folder)
-    if not (folder / "model.safetensors").is_file():
-        raise MissingInput(
-            f"{folder}: has no model.safetensors; pickled weights are never loaded, convert them first"
-        )
-    # attn_implementation is named here, so that no name in config.json can reach a kernel loader.
+    weights = _read_weights(folder / "model.safetensors")
+    _check_sizes(folder, config, weights)
+    # Neither the folder nor its name reaches Hugging Face's loader, which would act on what else may lie
+    # there: adapters, shards, generation settings. attn_implementation is named here, so that no name in
+    # config.json can reach a kernel loader.
     try:
         model, info = GPT2LMHeadModel.from_pretrained(
-            folder,
+            None,
             config=config,
+            state_dict=weights,
             attn_implementation="sdpa",
             dtype=dtype,
-            use_safetensors=True,
-            local_files_only=True,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise Damaged(f"{folder}: the weights cannot be read ({str(error).splitlines()[0]})") from None
-    wrong = [
-        *info["missing_keys"],
-        *info["unexpected_keys"],
-        *(m[0] for m in info["mismatched_keys"]),
-    ]
-    wrong = [key for key in wrong if not key.endswith((".attn.bias", ".attn.masked_bias"))]
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise Damaged(f"{folder}: gives no model ({_first_line(error)})") from None
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *(m[0] for m in info["mismatched_keys"])]
     if wrong:
         raise Mismatch(
             f"{folder}: model.safetensors is not of the shape in config.json ({len(wrong)} tensors, the "
@@ -290,18 +305,63 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> GPT2LMHea
     return model.eval()
 
 
-def _read_model_config(folder: Path) -> GPT2Config:
+def _read_weights(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise MissingInput(
+            f"{path.parent}: has no model.safetensors; pickled weights are never loaded, convert them first"
+        )
     try:
-        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind = values.get("model_type")
-    except FileNotFoundError:
-        raise MissingInput(f"{folder}: has no config.json; name a model folder") from None
-    except (ValueError, AttributeError):
-        raise Damaged(f"{folder / 'config.json'}: is broken; go back to another checkpoint") from None
-    if kind != "gpt2":
-        raise Mismatch(f"{folder}: is a {kind!r} model, not GPT-2; name a GPT-2")
+        weights = load_file(path)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise Damaged(f"{path}: the weights cannot be read ({_first_line(error)})") from None
+    return {name: tensor for name, tensor in weights.items() if not name.endswith(_BUFFERS)}
+
+
+def _check_sizes(folder: Path, config: GPT2Config, weights: dict[str, torch.Tensor]) -> None:
+    """Refuse a configuration that asks for more than its weights have, before memory is taken for it."""
+    shapes = {name.removeprefix("transformer."): tuple(tensor.shape) for name, tensor in weights.items()}
+    asked = {
+        "wte.weight": (config.vocab_size, config.n_embd),
+        "wpe.weight": (config.n_positions, config.n_embd),
+        "h.0.mlp.c_fc.bias": (config.n_inner or 4 * config.n_embd,),
+    }
+    wrong = [
+        f"{name} is {shapes.get(name)}, not {shape}"
+        for name, shape in asked.items()
+        if shapes.get(name) != shape
+    ]
+    depth = sum(name.startswith("h.") and name.endswith(".ln_1.weight") for name in shapes)
+    if depth != config.n_layer:
+        wrong.append(f"it has {depth} layers, not {config.n_layer}")
+    if config.n_head < 1 or config.n_embd % config.n_head:
+        wrong.append(f"{config.n_embd} numbers cannot be parted among {config.n_head} heads")
+    wrong += [
+        f"{name} is {t.dtype}, not plain floats" for name, t in weights.items() if t.dtype not in _FLOATS
+    ]
+    if wrong:
+        raise Mismatch(
+            f"{folder}: model.safetensors is not of the shape in config.json ({wrong[0]}); name a folder "
+            "whose files belong together"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _read_model_config(folder: Path) -> GPT2Config:
+    path = folder / "config.json"
+    if not path.is_file():
+        raise MissingInput(f"{folder}: has no config.json; name a model folder")
+    values = _read_json(path)
+    if values.get("model_type") != "gpt2":
+        raise Mismatch(f"{folder}: is a {values.get('model_type')!r:.40} model, not GPT-2; name a GPT-2")
     known = (*CONFIG_KEYS, *_SPECIAL_IDS)
-    config = GPT2Config(**{key: values[key] for key in known if key in values})
+    try:
+        config = GPT2Config(**{key: values[key] for key in known if key in values})
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise Damaged(f"{path}: gives no model ({why}); go back to another checkpoint") from None
     if config.activation_function == "gelu_new":
         # The same function in one kernel; under the name in the Hub's GPT-2 it is composed of nine.
         config.activation_function = "gelu_pytorch_tanh"

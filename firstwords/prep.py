@@ -20,7 +20,7 @@ import numpy as np
 
 from firstwords.atomic import format_json, hash_file, sweep_leftovers
 from firstwords.errors import BadData, BadFlag, CannotCreate
-from firstwords.schema import RowError, format_row
+from firstwords.schema import RowError, format_row, mask_control
 
 REJECTS = "rejects.jsonl"
 SHOWN_REJECTS = 20
@@ -127,7 +127,7 @@ class Rejects:
             self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115 - see __exit__
         self.counts[error.reason] += 1
         if len(self.first) < SHOWN_REJECTS:
-            self.first.append(f"{file}:{line}: {error}")
+            self.first.append(mask_control(f"{file}:{line}: {error}"))
         detail = str(error).encode("utf-8", "backslashreplace").decode()
         row = {"file": file, "line": line, "reason": error.reason, "detail": detail}
         self._file.write(format_row(row))
@@ -255,6 +255,6 @@ def seal_folder(staging: Path, out_dir: Path, report_name: str, report: dict) ->
 
 def format_table(rows: Iterable[tuple[str, object]]) -> str:
     """Return two columns as text: labels, and values with thousands separated."""
-    shown = [(label, f"{v:,}" if isinstance(v, int) else str(v)) for label, v in rows]
+    shown = [(mask_control(label), f"{v:,}" if isinstance(v, int) else str(v)) for label, v in rows]
     width = max(len(label) for label, _ in shown)
     return "\n".join(f"  {label:<{width}}  {value}" for label, value in shown)

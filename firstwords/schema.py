@@ -89,12 +89,16 @@ def check_text(text: str, where: str) -> None:
         raise RowError("surrogate", f"{where} holds half a surrogate at {error.start}") from None
 
 
-# C0 but for newline and tab, DEL, and C1, of which 0x9b alone begins a sequence.
-_TERMINAL_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+# C0 but for newline and tab, DEL, and C1, of which 0x9b alone begins a sequence; the line and paragraph
+# separators; and what turns the direction of text that stands beside it (Boucher and Anderson 2021).
+_TERMINAL_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 def mask_control(text: str) -> str:
-    """Return the text with U+FFFD for what a terminal might act on; newline and tab stay."""
+    """Return the text with U+FFFD for what a terminal might act on; newline and tab stay.
+
+    It looks at one character at a time, so that a sequence in pieces is masked as the whole is.
+    """
     return _TERMINAL_CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

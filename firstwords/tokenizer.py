@@ -32,6 +32,9 @@ BYTE_LEVEL, CHARACTERS = "byte-level BPE", "characters"
 # end the text have a branch of their own, which does not backtrack.
 WORD_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"""
 
+# The longest `tokenizer.json` or `.tiktoken` that is read; GPT-2's have 3.5 and 0.8 million bytes.
+TOKENIZER_BYTES = 1 << 26
+
 # tiktoken panics at a million blanks in a row before a word. Cut before the last of them, where the pattern
 # cuts anyway, they end a text.
 LONG_BLANK = re.compile(r"(?<!\s)\s{500000,}(?=\s\S)")
@@ -266,11 +269,16 @@ def _download_gpt2() -> Path:
 
 def _read_tokenizer_json(path: Path) -> Tokenizer:
     try:
-        spec = json.loads(path.read_text(encoding="utf-8"))
-        kind = _find_kind(spec)
-        added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if path.stat().st_size > TOKENIZER_BYTES:
+            raise ValueError
+        return _parse_tokenizer_json(json.loads(path.read_text(encoding="utf-8")), path)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Mismatch(f"{path}: is no tokenizer of Hugging Face's kind; write it anew") from None
+
+
+def _parse_tokenizer_json(spec: dict, path: Path) -> Tokenizer:
+    kind = _find_kind(spec)
+    added = {token["content"]: token["id"] for token in spec.get("added_tokens") or []}
     if kind is None:
         raise Mismatch(f"{path}: is neither GPT-2's kind of BPE nor characters; name one that is")
     vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in CONTROL_TOKENS}
@@ -302,15 +310,20 @@ def _find_kind(spec: dict) -> str | None:
 
 def _check_merges(tokens: list[str], merges: list, where: Path) -> None:
     # The place of a token is all that we keep of the merge that made it.
-    made = ["".join(pair).replace(" ", "") for pair in merges]
-    if made != [token for token in tokens if len(token) > 1]:
+    pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+    places = {token: place for place, token in enumerate(tokens)}
+    if [left + right for left, right in pairs] != [token for token in tokens if len(token) != 1]:
         raise Mismatch(f"{where}: its ids are not in the order of its merges; train a BPE anew")
+    if any(places[part] >= places["".join(pair)] for pair in pairs for part in pair):
+        raise Mismatch(f"{where}: a merge needs a token that only a later one makes; train a BPE anew")
     if set(_CHARACTER_TO_BYTE) != {token for token in tokens if len(token) == 1}:
         raise Mismatch(f"{where}: has not all 256 bytes as tokens; train a BPE anew")
 
 
 def _read_tiktoken(path: Path) -> Tokenizer:
     vocab = {}
+    if path.stat().st_size > TOKENIZER_BYTES:
+        raise BadData(f"{path}: has {path.stat().st_size} bytes, which no vocabulary needs; get it anew")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             token, rank = line.split()
@@ -353,7 +366,8 @@ def _merge_below(token: bytes, ranks: dict[bytes, int], limit: int) -> list[byte
     while len(parts) > 2:
         pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
         best = min(pairs)
-        assert best < limit, f"token {limit} {token!r} is not made by earlier merges"
+        if best == limit:
+            raise Mismatch(f"token {limit} {token!r}: is not made by earlier merges; train a BPE anew")
         place = pairs.index(best)
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts

@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from textwrap import shorten
 
 import torch
@@ -24,7 +25,13 @@ import transformers
 from safetensors import SafetensorError
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoTokenizer, PrinterCallback, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
 
 from firstwords import atomic, checkpoint
@@ -32,8 +39,10 @@ from firstwords.args import TrainFlags
 from firstwords.errors import BadData, BadFlag, Diverged, IOFailed
 from firstwords.generate import Sampling
 from firstwords.optimizer import MuonAdamWFactory
+from firstwords.schema import mask_control
 from firstwords.score import evaluate_loss
 from firstwords.session import ChatSession
+from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import Tokenizer
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -156,6 +165,17 @@ class RunMeta:
     save_total_limit: int
 
 
+def build_twin(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    """Return Hugging Face's tokenizer with the same ids and our template.
+
+    It is made from ours and not read from the folder of the data: what somebody wrote there into
+    `chat_template.jinja` or `tokenizer_config.json` would go into every checkpoint.
+    """
+    with TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder), chat_template=CHAT_TEMPLATE)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
 class RunTrainer(transformers.Trainer):
     """Hugging Face's Trainer with safe saves, a finite check, and a loss weighted by tokens.
 
@@ -164,8 +184,7 @@ class RunTrainer(transformers.Trainer):
         args: from `build_training_arguments`.
         train_set: its `num_rows` is set to the length of the run.
         val_set: read in full at each evaluation.
-        tokenizer: ours.
-        tokenizer_dir: the folder it was loaded from; its Hugging Face twin goes into every checkpoint.
+        tokenizer: ours; its Hugging Face twin goes into every checkpoint.
         meta: for the manifest.
         collate: rows -> batch, from `dataset`.
         optimizer_cls_and_kwargs: from `choose_optimizer`.
@@ -179,7 +198,6 @@ class RunTrainer(transformers.Trainer):
         train_set,
         val_set,
         tokenizer: Tokenizer,
-        tokenizer_dir: Path,
         meta: RunMeta,
         collate,
         optimizer_cls_and_kwargs=None,
@@ -193,7 +211,7 @@ class RunTrainer(transformers.Trainer):
             data_collator=collate,
             train_dataset=train_set,
             eval_dataset=val_set,
-            processing_class=AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True),
+            processing_class=build_twin(tokenizer),
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.remove_callback(PrinterCallback)
@@ -394,7 +412,9 @@ class RunLog(TrainerCallback):
 
     def __init__(self, run_dir: Path, first_step: int):
         self.writer = SummaryWriter(str(run_dir / "runs"), purge_step=first_step + 1 if first_step else None)
-        self._file = open(run_dir / "train.log", "a", buffering=1, encoding="utf-8")  # noqa: SIM115
+        self._file = open(  # noqa: SIM115
+            run_dir / "train.log", "a", buffering=1, encoding="utf-8", opener=atomic.open_no_link
+        )
         self._bar = None
 
     def say(self, line: str) -> None:
@@ -477,7 +497,7 @@ class Samples(TrainerCallback):
             session = ChatSession(
                 model, self.tokenizer, context=self.context, sampling=Sampling(max_new_tokens=48)
             )
-            shown = shorten(prompt, 80, placeholder=" ...")
+            shown = mask_control(shorten(prompt, 80, placeholder=" ..."))
             try:
                 reply = session.ask(prompt)
             except BadData as error:

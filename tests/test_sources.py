@@ -229,7 +229,6 @@ def test_empty_or_torn_file_is_bad_data(tmp_path, name):
 
 @pytest.fixture(scope="module")
 def hub_folder(tmp_path_factory):
-    pytest.importorskip("datasets")
     folder = tmp_path_factory.mktemp("hub") / "set"
     card = "---\nconfigs:\n"
     for config in ("plain", "other"):
@@ -253,7 +252,7 @@ def test_hub_layout_has_configs_and_splits(hub_folder):
     ]
     assert len(rows_of(hub_folder, config="other", split="test")) == 6
     assert texts_of(hub_folder, config="other", split="test")[0] == "other test 0 0"
-    with pytest.raises(BadFlag, match="'plain', 'other'|'other', 'plain'"):
+    with pytest.raises(BadFlag, match="'plain', 'other'"):
         rows_of(hub_folder)
     with pytest.raises(BadFlag, match="nothing"):
         rows_of(hub_folder, config="plain", split="nothing")
@@ -266,10 +265,17 @@ def test_hub_layout_without_a_card_is_a_folder_of_split_files(hub_folder):
 
 def test_hub_sample_is_shuffled_and_seeded(hub_folder, monkeypatch):
     # datasets 5.2 waits 5 s for its threads at the end of a shuffled stream.
+    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.iterable_dataset.time.sleep", lambda seconds: None)
 
+    def open_hub(place):
+        files = sorted(map(str, (hub_folder / place.config).glob(f"{place.split}-*")))
+        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
+
+    monkeypatch.setattr(streams, "_open_hub", open_hub)
+
     def draw(seed):
-        rows = rows_of(hub_folder, config="plain", sample=Sample(4, seed=seed))
+        rows = rows_of("hub:someone/set", config="plain", sample=Sample(4, seed=seed))
         return [row["text"] for row in rows]
 
     assert len(set(draw(1))) == 4

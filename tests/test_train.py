@@ -441,7 +441,8 @@ def test_a_plain_gpt2_gets_rows_for_the_control_tokens_and_is_said_to_be_unverif
     assert manifest["parent"]["weights"] == "not verified"
     model = load_model(tmp_path / "run")
     assert model.config.vocab_size == BYTES.vocab_size_padded
-    assert model.generation_config.eos_token_id == [BYTES.end_id, BYTES.endoftext_id]
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "run")
+    assert generation.eos_token_id == [BYTES.end_id, BYTES.endoftext_id]
 
 
 # --- small parts

@@ -3,8 +3,8 @@
     find_place("data/chat.json")   ->  Place("data/chat.json", files=(Path("data/chat.json"),))
     find_place("alpaca")           ->  Place("tatsu-lab/alpaca", split="train")
 
-Invariant: a thing that looks like a path is only ever local; a mistyped one is an error that names
-what is near, and never a download.
+Invariants: a thing that looks like a path is only ever local; a mistyped one is an error that names
+what is near, and never a download. No file outside a folder is read because of what lies in it.
 """
 
 import os
@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from firstwords.atomic import hash_file
-from firstwords.errors import BadFlag, MissingInput, suggest
+from firstwords.errors import BadData, BadFlag, MissingInput, suggest
 
 # Short names that people know, and where those sets live on the Hub today.
 HUB_NAMES = {
@@ -30,6 +30,8 @@ TEXT_SUFFIXES = (*ROW_SUFFIXES, ".txt")
 FILE_SUFFIXES = (*TEXT_SUFFIXES, ".gz", ".jsonlines", ".md", ".ndjson", ".tsv", ".zip", ".zst")
 # `train.jsonl`, `val_2.csv`, `train-00000-of-00002.parquet`: files that belong to one split.
 SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev)([-_.]?\d.*)?")
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+CARD_BYTES = 1 << 24  # the longest dataset card that is read
 SPLIT_NAMES = dict.fromkeys(("valid", "val", "dev"), "validation")
 
 
@@ -68,7 +70,7 @@ def find_place(
 
     Args:
         dataset: a file or folder, a name of `HUB_NAMES`, `owner/name`, or `hub:name`. A folder
-            whose README.md is a dataset card with `configs:` is read as a set on the Hub is.
+            whose README.md is a dataset card with `configs:` has the files that the card names.
         split: `train` by default. Of a folder it picks the files that are named after it;
             `all` takes every file.
         config: of a Hub set.
@@ -77,13 +79,17 @@ def find_place(
     Raises:
         MissingInput: when nothing is there, with the nearest names that are.
         BadFlag: for a suffix, split or config that does not fit.
+        BadData: when a link or a card leads out of the folder.
     """
     path = Path(os.path.expanduser(dataset))
     hub_name = HUB_NAMES.get(dataset, dataset.removeprefix("hub:"))
     on_hub = Place(hub_name, (), split or "train", config)
-    if dataset.startswith("hub:") or path.is_dir() and _has_hub_card(path):
+    if dataset.startswith("hub:"):
+        _check_hub_name(hub_name)
         return on_hub
     if _is_path(dataset, path):
+        if configs := _read_card(path):
+            return Place(str(path), _pick_config(path, configs, config, split or "train", suffixes))
         if config is not None and path.exists():
             raise BadFlag(f"--dataset_config: {config!r}, but {path} is no Hub set; leave it out")
         return Place(str(path), _find_files(path, split, suffixes))
@@ -102,17 +108,83 @@ def _is_path(dataset: str, path: Path) -> bool:
     )
 
 
-def _has_hub_card(folder: Path) -> bool:
+def _check_hub_name(name: str) -> None:
+    # `datasets` takes a name for a folder when there is one.
+    if not HUB_NAME.fullmatch(name) or Path(name).exists():
+        raise BadFlag(f"--dataset: hub:{name} is no name on the Hub, or stands here too; give owner/name")
+
+
+def _read_card(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """Return the patterns of files by config and split that a dataset card names; `{}` without one."""
     card = folder / "README.md"
-    if not card.is_file():
-        return False
-    front = card.read_text(encoding="utf-8", errors="replace").split("\n---", 1)[0]
-    return front.startswith("---") and re.search(r"^configs:", front, re.MULTILINE) is not None
+    if not card.is_file() or card.stat().st_size > CARD_BYTES:
+        return {}
+    front, end, _ = card.read_text(encoding="utf-8", errors="replace").partition("\n---")
+    if not (end and front.startswith("---") and re.search(r"^configs:", front, re.MULTILINE)):
+        return {}
+    import yaml
+
+    try:
+        configs = yaml.safe_load(front)["configs"]
+        return {str(c.get("config_name", "default")): _parse_data_files(c["data_files"]) for c in configs}
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError, RecursionError):
+        raise BadData(f"{card}: its `configs:` cannot be read; name the files themselves") from None
+
+
+def _parse_data_files(value) -> dict[str, list[str]]:
+    """Turn what a card may say (a pattern, a list, an object, a list of objects) into one form."""
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        value = {part["split"]: part["path"] for part in value}
+    if not isinstance(value, dict):
+        value = {"train": value}
+    lists = {split: [paths] if isinstance(paths, str) else paths for split, paths in value.items()}
+    if not all(isinstance(path, str) for paths in lists.values() for path in paths):
+        raise TypeError
+    return lists
+
+
+def _pick_config(
+    folder: Path,
+    configs: dict[str, dict[str, list[str]]],
+    config: str | None,
+    split: str,
+    suffixes: tuple[str, ...],
+) -> tuple[Path, ...]:
+    names = list(configs)
+    config = config or ("default" if "default" in configs else names[0] if len(names) == 1 else None)
+    if config not in configs:
+        raise BadFlag(f"--dataset_config: {folder} has the configs {names}; name one of them")
+    if split not in configs[config]:
+        raise BadFlag(f"--split: {config!r} has no {split!r}, only {list(configs[config])}")
+    files: list[Path] = []
+    for pattern in configs[config][split]:
+        found = sorted(path for path in _glob_inside(folder, pattern) if path.is_file())
+        if not found or any(path.suffix.lower() not in suffixes for path in found):
+            raise BadData(f"{folder}: its card names {pattern!r}, where nothing is that can be read here")
+        files += found
+    return _check_inside(folder, files)
+
+
+def _glob_inside(folder: Path, pattern: str) -> list[Path]:
+    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+        raise BadData(
+            f"{folder}: its card names {pattern!r}, which leads out of it; name the files themselves"
+        )
+    return list(folder.glob(pattern))
+
+
+def _check_inside(folder: Path, files: list[Path]) -> tuple[Path, ...]:
+    for file in files:
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise BadData(
+                f"{file}: is a link that leads out of {folder}; copy the file there, or name it by itself"
+            )
+    return tuple(files)
 
 
 def _find_files(path: Path, split: str | None, suffixes: tuple[str, ...]) -> tuple[Path, ...]:
     if path.is_dir():
-        return _pick_split(path, _list_files(path, suffixes), split)
+        return _check_inside(path, _pick_split(path, _list_files(path, suffixes), split))
     if not path.exists():
         raise MissingInput(f"{path}: no such file or folder; {_suggest_path(path)}")
     if not path.is_file():
@@ -140,11 +212,11 @@ def _list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     return files
 
 
-def _pick_split(folder: Path, files: list[Path], split: str | None) -> tuple[Path, ...]:
+def _pick_split(folder: Path, files: list[Path], split: str | None) -> list[Path]:
     """Never read a test split into the training data, nor leave a file out unasked."""
     splits = [_name_split(file) for file in files]
     if split == "all" or split is None and not any(splits):
-        return tuple(files)
+        return files
     if split is None and not all(splits):
         other = files[splits.index(None)]
         raise BadFlag(
@@ -152,7 +224,7 @@ def _pick_split(folder: Path, files: list[Path], split: str | None) -> tuple[Pat
             f"{other.name} is not; pass --split train or --split all"
         )
     wanted = SPLIT_NAMES.get(split, split) or "train"
-    picked = tuple(file for file, name in zip(files, splits, strict=True) if name == wanted)
+    picked = [file for file, name in zip(files, splits, strict=True) if name == wanted]
     if not picked:
         known = ", ".join(sorted({name for name in splits if name})) or "none named after a split"
         raise BadFlag(f"--split: {folder} has no files of {wanted!r}; it has {known}")
