@@ -5,6 +5,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
 
     0  schema       CONTRACT: the conversation row
     0  tokenstore   CONTRACT: the token store of stage A
+    0  parts        units of work -> parts on disk, in processes, gone on with after a kill
     1  pydocs       the embedded corpus: the documentation of the installed Python
     1  tokenizer    GPT-2's BPE, own BPE, characters; control tokens
     1  sources      rows of any known shape -> conversations; texts -> documents
