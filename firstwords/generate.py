@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2LMHeadModel
-from transformers.cache_utils import Cache, DynamicLayer
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
 from firstwords.errors import BadData, BadFlag, Diverged
 
@@ -99,7 +98,6 @@ def generate_batch(
     banned_ids: Iterable[int] = (),
     sampling: Sampling = GREEDY,
     limits: Sequence[int | None] | None = None,
-    pad_id: int = 0,
     batch_size: int = 128,
 ) -> list[list[int]]:
     """Return the replies to many prompts, each as `stream_ids` gives it.
@@ -122,7 +120,6 @@ def generate_batch(
             banned_ids=banned_ids,
             sampling=sampling,
             limits=None if limits is None else [limits[row] for row in rows],
-            pad_id=pad_id,
         )
         for step in steps:
             for place, token_id in step:
@@ -139,19 +136,17 @@ def stream_batch(
     banned_ids: Iterable[int] = (),
     sampling: Sampling = GREEDY,
     limits: Sequence[int | None] | None = None,
-    pad_id: int = 0,
 ) -> Iterator[list[tuple[int, int]]]:
     """Decode several prompts together, a step at a time; a stream that ends leaves at once.
 
     Args:
-        model: in eval mode, with an attention that honours masks (`sdpa` or `eager`).
+        model: in eval mode, on its device.
         prompts: B lists of ids, none empty; they may differ in length.
         stop_ids: an id of these ends its stream.
         banned_ids: ids that are never generated: the surplus of the padded vocabulary, control ids.
         sampling: the same for all streams.
         limits: the most new ids of each stream, or None; `sampling.max_new_tokens` and the model's
             `n_positions` limit them too.
-        pad_id: stands left of the shorter prompts, where nothing attends to it.
 
     Yields:
         for each step the `(place in prompts, id)` of every stream that is still going on.
@@ -160,8 +155,7 @@ def stream_batch(
         BadData: when a prompt is longer than `n_positions`.
         Diverged: when logits are NaN or infinite.
     """
-    assert not model.training, "dropout is on: call model.eval() before decoding"
-    assert model.config._attn_implementation in ALL_MASK_ATTENTION_FUNCTIONS, "masks are ignored"
+    decoder = Decoder(model)
     stop_ids = set(stop_ids)
     banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=model.device)
     rooms = [
@@ -171,9 +165,10 @@ def stream_batch(
     replies: list[list[int]] = [[] for _ in prompts]
     generators = [random.Random(sampling.seed) for _ in prompts]
     rows = [row for row, room in enumerate(rooms) if room > 0]
-    streams = _Streams(model, [prompts[row] for row in rows], pad_id)
-    while rows:
-        logits = streams.read()
+    if not rows:
+        return
+    logits = decoder.join([prompts[row] for row in rows])
+    while True:
         logits.index_fill_(1, banned, -math.inf)
         _penalise(logits, [replies[row] for row in rows], sampling.repetition_penalty)
         _check_finite(logits)
@@ -187,9 +182,12 @@ def stream_batch(
             for place, row in enumerate(rows)
             if picked[place] not in stop_ids and len(replies[row]) < rooms[row]
         ]
+        if not kept:
+            return
         order = _fill_gaps(kept)
         rows = [rows[place] for place in order]
-        streams.feed([picked[place] for place in order], order)
+        decoder.keep(order)
+        logits = decoder.step([picked[place] for place in order])
 
 
 def _find_room(model: GPT2LMHeadModel, prompt: list[int], sampling: Sampling, limit) -> int:
@@ -210,100 +208,130 @@ def _fill_gaps(kept: list[int]) -> list[int]:
     return [place if place in stayers else movers.pop() for place in range(len(kept))]
 
 
-class _RoomyLayer(DynamicLayer):
-    """The keys and values of one layer, as a view into a buffer with room to the right.
+class Decoder:
+    """A model that reads many streams, one token of each a step; streams join and leave in between.
 
-    A step writes one column; a stream that ends has its row overwritten by another's; padding that
-    nobody needs any more falls out of the view. The stock layer joins old and new by `torch.cat`:
-    at 64 streams of `small_test` that was four fifths of the time.
+        decoder = Decoder(model)
+        logits = decoder.join([[258, 72], [258, 73, 74]])   # (2, V): what follows each prompt
+        logits = decoder.step([99, 100])                    # (2, V): after one more id a row
+        decoder.keep([1])                                   # row 0 ends; row 1 is row 0 from now on
+        logits = decoder.join([[258, 75]])                  # (1, V): a row more, in the middle of it all
+
+    Each stream is a row; the caller keeps its own list of streams in the order of the rows. Rows share no
+    position: each begins at column 0 of the cache and a mask hides what lies behind its end. So a prompt
+    needs no padding on its left, and what a row gives does not depend on the others, but for the
+    rounding of batched products (`generate`'s invariant; int8 weights, whose inputs are scaled for all
+    rows together, add to it).
+
+    The forward is GPT-2's, over the modules of the model itself: the weights are not copied, and a module
+    that was replaced (`quantize`) is used. Against `transformers`' it leaves out what decoding never needs
+    (hooks, masks of ones, cache objects).
+
+    Args:
+        model: in eval mode, on its device; `n_positions` is the longest row.
+
+    Attributes:
+        lengths: tokens that each row has read.
     """
 
-    def __init__(self):
-        super().__init__()
-        self.buffer: Tensor | None = None  # (2, B, n_head, columns, head size): keys, values
-        self.start = self.end = 0  # the columns in use
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
-        """Append keys and values (B, n_head, new columns, head size); return all of them."""
-        self.is_initialized = True
-        rows, _, new, _ = key_states.shape
-        if self.buffer is None or self.end + new > self.buffer.shape[3]:
-            self._grow(key_states)
-        end = self.end + new
-        self.buffer[0, :rows, :, self.end : end] = key_states
-        self.buffer[1, :rows, :, self.end : end] = value_states
-        self.end = end
-        self.keys, self.values = self.buffer[:, :rows, :, self.start : end]
-        return self.keys, self.values
-
-    def _grow(self, key_states: Tensor) -> None:
-        rows, heads, new, size = key_states.shape
-        old, used = self.buffer, self.end - self.start
-        room = max(64, (used + new) // 2)
-        self.buffer = key_states.new_empty(2, rows, heads, used + new + room, size)
-        if old is not None:
-            self.buffer[:, :, :, :used] = old[:, :rows, :, self.start : self.end]
-        self.start, self.end = 0, used
-
-    def keep(self, order: list[int], cut: int) -> None:
-        """Keep the streams at the places `order`, and drop `cut` columns on the left."""
-        self.start += cut
-        used = self.buffer[:, :, :, self.start : self.end]
-        moved = [place for place, source in enumerate(order) if source != place]
-        if moved:
-            used[:, moved] = used[:, [order[place] for place in moved]]
-        self.keys, self.values = used[:, : len(order)]
-
-
-class _Streams:
-    """What the model has read of B prompts, left-padded to one width.
-
-    Every stream stands at the same column; `pads` columns left of each prompt are hidden by the
-    mask, and positions are counted from the prompt's first token.
-    """
-
-    def __init__(self, model: GPT2LMHeadModel, prompts: list[list[int]], pad_id: int):
+    def __init__(self, model: GPT2LMHeadModel):
+        assert not model.training, "dropout is on: call model.eval() before decoding"
         self.model = model
-        self.width = max(map(len, prompts), default=0)
-        self.pads = [self.width - len(prompt) for prompt in prompts]
-        self.cache = Cache(layers=[_RoomyLayer() for _ in range(model.config.n_layer)])
-        rows = [[pad_id] * pad + prompt for pad, prompt in zip(self.pads, prompts, strict=True)]
-        self.next_ids = torch.tensor(rows, dtype=torch.long, device=model.device)  # (B, width)
+        self.lengths: list[int] = []
+        size = model.config.n_embd // model.config.n_head
+        shape = (model.config.n_layer, 2, 0, model.config.n_head, 0, size)
+        self._cache = torch.zeros(shape, dtype=model.dtype, device=model.device)
 
-    def read(self) -> Tensor:
-        """Read `next_ids` and return the float32 logits of what follows, of shape (B, V)."""
-        mask, positions = self._build_mask()
-        output = self.model(
-            input_ids=self.next_ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
+    @torch.inference_mode()
+    def join(self, prompts: Sequence[list[int]]) -> Tensor:
+        """Read n prompts, none empty, as new rows behind the others.
 
-    def _build_mask(self) -> tuple[Tensor | None, Tensor | None]:
-        # Without padding both are None: the model then counts the positions itself, and attention
-        # takes its fast causal path. A cache object keeps None from being read as packed rows.
-        if not any(self.pads):
-            return None, None
-        pads = torch.tensor(self.pads, device=self.next_ids.device).unsqueeze(1)  # (B, 1)
-        columns = torch.arange(self.width, device=pads.device)
-        positions = (columns - pads).clamp(min=0)  # (B, width)
-        return columns >= pads, positions[:, -self.next_ids.shape[1] :]
+        Returns:
+            the float32 logits (n, V) of what follows each.
+        """
+        first, width = len(self.lengths), max(map(len, prompts))
+        self._reserve(first + len(prompts), width)
+        # Behind a shorter prompt stands id 0: causal attention keeps it from being seen, and the steps
+        # write over it.
+        padded = [prompt + [0] * (width - len(prompt)) for prompt in prompts]
+        ids = torch.tensor(padded, device=self.model.device)  # (n, T)
 
-    def feed(self, picked: list[int], order: list[int]) -> None:
-        """Keep the streams at the places `order`, and make `picked` what they read next."""
-        self.next_ids = torch.tensor(picked, device=self.next_ids.device).unsqueeze(1)  # (B, 1)
-        if 0 < len(order) < len(self.pads):
-            pads = [self.pads[place] for place in order]
-            cut = min(pads)  # columns that no remaining stream looks at
-            for layer in self.cache.layers:
-                layer.keep(order, cut)
-            self.pads = [pad - cut for pad in pads]
-            self.width -= cut
-        self.width += 1
+        def attend(layer: int, projected: Tensor, scale: float) -> Tensor:
+            query, key, value = projected.permute(2, 0, 3, 1, 4)  # (n, H, T, D) each
+            self._cache[layer, 0, first:, :, :width][: len(prompts)] = key
+            self._cache[layer, 1, first:, :, :width][: len(prompts)] = value
+            return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale)
+
+        hidden = self._read(ids, torch.arange(width, device=ids.device), attend)
+        lengths = [len(prompt) for prompt in prompts]
+        self.lengths += lengths
+        last = torch.tensor(lengths, device=ids.device) - 1
+        return self._score(hidden[torch.arange(len(prompts), device=ids.device), last])
+
+    @torch.inference_mode()
+    def step(self, ids: Sequence[int]) -> Tensor:
+        """Read one id a row, for all B rows.
+
+        Returns:
+            the float32 logits (B, V) of what follows each.
+        """
+        rows, width = len(self.lengths), max(self.lengths) + 1
+        self._reserve(rows, width)
+        ends = torch.tensor(self.lengths, device=self.model.device)  # (B,)
+        places = torch.arange(rows, device=ends.device)
+        mask = None
+        if min(self.lengths) + 1 < width:
+            mask = torch.arange(width, device=ends.device) <= ends[:, None, None, None]  # (B, 1, 1, width)
+
+        def attend(layer: int, projected: Tensor, scale: float) -> Tensor:
+            query, key_value = projected[:, 0, :1].transpose(1, 2), projected[:, 0, 1:]
+            self._cache[layer][:, places, :, ends] = key_value  # (B, 2, H, D)
+            key, value = self._cache[layer, :, :rows, :, :width]
+            return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+
+        new = torch.tensor(ids, device=ends.device)[:, None]
+        hidden = self._read(new, ends[:, None], attend)
+        self.lengths = [length + 1 for length in self.lengths]
+        return self._score(hidden[:, 0])
+
+    @torch.inference_mode()
+    def keep(self, rows: list[int]) -> None:
+        """Keep these rows in this order, which they are numbered by from now on; the others leave.
+
+        Least is moved when the last rows fill the gaps: [0, 3, 2] rather than [0, 2, 3].
+        """
+        moved = [place for place, row in enumerate(rows) if place != row]
+        if moved:
+            self._cache[:, :, moved] = self._cache[:, :, [rows[place] for place in moved]]
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def _reserve(self, rows: int, columns: int) -> None:
+        """Make room in the cache (n_layer, 2, rows, n_head, columns, head size): keys, values."""
+        old_rows, old_columns = self._cache.shape[2], self._cache.shape[4]
+        if rows <= old_rows and columns <= old_columns:
+            return
+        shape = list(self._cache.shape)
+        shape[2] = max(rows, old_rows)
+        if columns > old_columns:
+            shape[4] = min(columns + max(64, columns // 2), self.model.config.n_positions)
+        old, self._cache = self._cache, self._cache.new_zeros(shape)
+        self._cache[:, :, :old_rows, :, :old_columns] = old
+
+    def _read(self, ids: Tensor, positions: Tensor, attend) -> Tensor:
+        """Return the last hidden states (n, T, n_embd) of ids (n, T)."""
+        body = self.model.transformer
+        heads = (*ids.shape, 3, self.model.config.n_head, -1)
+        hidden = body.wte(ids) + body.wpe(positions)
+        for layer, block in enumerate(body.h):
+            attention = block.attn
+            projected = attention.c_attn(block.ln_1(hidden)).view(heads)
+            seen = attend(layer, projected, attention.scaling)  # (n, H, T, D)
+            hidden = hidden + attention.c_proj(seen.transpose(1, 2).flatten(2))
+            hidden = hidden + block.mlp(block.ln_2(hidden))
+        return body.ln_f(hidden)
+
+    def _score(self, hidden: Tensor) -> Tensor:
+        return self.model.lm_head(hidden).float()
 
 
 def _penalise(logits: Tensor, replies: list[list[int]], penalty: float) -> None:

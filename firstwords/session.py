@@ -231,7 +231,6 @@ def ask_many(sessions: Sequence[ChatSession], texts: Sequence[str], *, batch_siz
         banned_ids=one.banned_ids,
         sampling=one.sampling,
         limits=[plan.limit for plan in plans],
-        pad_id=one.tokenizer.pad_id,
         batch_size=batch_size,
     )
     return [

@@ -10,6 +10,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from firstwords.errors import BadData, BadFlag, Diverged
 from firstwords.generate import (
+    Decoder,
     Sampling,
     filter_logits,
     generate_batch,
@@ -30,12 +31,20 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        {},
+        {"scale_attn_by_inverse_layer_idx": True, "activation_function": "gelu_pytorch_tanh"},
+        {"scale_attn_weights": False, "n_inner": 48, "tie_word_embeddings": False},
+    ],
+    ids=["gpt2", "scaled", "unscaled"],
+)
 def model(request):
-    return build_model(request.param)
+    return build_model(**request.param)
 
 
-def build_model(attention="sdpa", positions=POSITIONS):
+def build_model(positions=POSITIONS, **options):
     torch.manual_seed(0)
     config = GPT2Config(
         vocab_size=VOCAB,
@@ -46,7 +55,7 @@ def build_model(attention="sdpa", positions=POSITIONS):
         initializer_range=0.3,  # weights large enough that each token before matters
         bos_token_id=0,
         eos_token_id=0,
-        attn_implementation=attention,
+        **options,
     )
     return GPT2LMHeadModel(config).eval()
 
@@ -69,9 +78,9 @@ def decode_uncached(model, prompt, steps):
 
 
 def record_logits(model, decode):
-    """Run `decode` and return the logits (B, V) of each forward."""
+    """Run `decode` and return the logits (B, V) of each step."""
     seen = []
-    hook = model.register_forward_hook(lambda *call: seen.append(call[-1].logits[:, -1].clone()))
+    hook = model.lm_head.register_forward_hook(lambda *call: seen.append(call[-1].clone()))
     decode()
     hook.remove()
     return seen
@@ -87,17 +96,51 @@ def test_stream_equals_the_uncached_forward(model):
             torch.testing.assert_close(cached[0], plain, atol=1e-4, rtol=1e-5)
 
 
-def test_padded_batch_equals_the_uncached_forward(model):
+def test_batch_of_unequal_prompts_equals_the_uncached_forward(model):
     prompts = draw_prompts(8, seed=2, longest=40)
     seen = record_logits(
         model,
-        lambda: generate_batch(model, prompts, stop_ids=(), limits=[20] * 8, pad_id=VOCAB - 1),
+        lambda: generate_batch(model, prompts, stop_ids=(), limits=[20] * 8),
     )
     by_length = sorted(prompts, key=len)
     for row, prompt in enumerate(by_length):
         _, logits = decode_uncached(model, prompt, 20)
         for batched, plain in zip(seen, logits, strict=True):
             torch.testing.assert_close(batched[row], plain, atol=1e-4, rtol=1e-5)
+
+
+def test_greedy_ids_are_those_of_transformers_to_the_end_of_the_context():
+    model = build_model(positions=200)
+    model.generation_config.eos_token_id = None
+    for prompt in ([5], [int(i) for i in range(90)]):
+        theirs = model.generate(torch.tensor([prompt]), max_length=200, do_sample=False)[0].tolist()
+        assert len(set(theirs)) > 10, "a reply that repeats one id shows little"
+        assert prompt + list(stream_ids(model, prompt, stop_ids=())) == theirs
+
+
+def test_rows_join_and_leave_between_steps(model):
+    prompts = draw_prompts(40, seed=9, longest=30)
+    alone = [list(stream_ids(model, prompt, stop_ids=(), limit=12)) for prompt in prompts]
+    replies, chance, decoder = [[] for _ in prompts], random.Random(0), Decoder(model)
+    waiting, rows, logits, widest = list(range(40)), [], None, 0
+    while waiting or rows:
+        if waiting and chance.random() < 0.5:
+            come = [waiting.pop() for _ in range(min(len(waiting), chance.randint(1, 4)))]
+            joined = decoder.join([prompts[place] for place in come])
+            rows, logits = rows + come, joined if logits is None else torch.cat([logits, joined])
+        if not rows:
+            continue
+        widest = max(widest, len(rows))
+        for place, token_id in zip(rows, logits.argmax(-1).tolist(), strict=True):
+            replies[place].append(token_id)
+        kept = [row for row, place in enumerate(rows) if len(replies[place]) < 12]
+        chance.shuffle(kept)
+        rows = [rows[row] for row in kept]
+        decoder.keep(kept)
+        assert decoder.lengths == [len(prompts[place]) + len(replies[place]) - 1 for place in rows]
+        logits = decoder.step([replies[place][-1] for place in rows]) if rows else None
+    assert replies == alone
+    assert widest > 8
 
 
 def test_batch_equals_stream_for_many_prompts(model):
@@ -282,27 +325,30 @@ def test_temperature_zero_is_argmax_whatever_the_filters():
     assert sample(logits, greedy, [0.99, 0.99]).tolist() == [1, 0]
 
 
-class Constant(GPT2LMHeadModel):
-    """Says the same logits at every step, whatever it reads."""
+class ConstantHead(torch.nn.Module):
+    """Gives the same logits at every step, whatever was read."""
 
     def __init__(self, logits):
-        super().__init__(GPT2Config(vocab_size=len(logits), n_embd=8, n_layer=1, n_head=1))
-        self.constant = torch.tensor(logits)
-        self.eval()
+        super().__init__()
+        self.logits = torch.tensor(logits)
 
-    def forward(self, input_ids, **kwargs):
-        output = super().forward(input_ids, **kwargs)
-        output.logits = self.constant.repeat(len(input_ids), 1, 1)
-        return output
+    def forward(self, hidden):
+        return self.logits.repeat(len(hidden), 1)
+
+
+def build_constant(logits):
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(logits), n_embd=8, n_layer=1, n_head=1)).eval()
+    model.lm_head = ConstantHead(logits)
+    return model
 
 
 def test_repetition_penalty_by_hand():
-    model = Constant([4.0, 3.0, -1.0, 2.1])
+    model = build_constant([4.0, 3.0, -1.0, 2.1])
     rules = {"stop_ids": (), "limit": 6, "sampling": Sampling(repetition_penalty=2.0)}
     # 4 -> 2 once said; then 3 -> 1.5; then 2.1 -> 1.05; then 2, the greatest, for good.
     assert list(stream_ids(model, [0, 1, 3], **rules)) == [0, 1, 3, 0, 0, 0]
     # A negative logit is multiplied: -1 -> -2, so that -1.5 comes next.
-    model = Constant([-1.0, -1.5])
+    model = build_constant([-1.0, -1.5])
     assert list(stream_ids(model, [0], **rules))[:3] == [0, 1, 0]
 
 

@@ -5,7 +5,6 @@ import random
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
-from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from firstwords import session as session_module
 from firstwords.checkpoint import write_manifest
@@ -53,14 +52,30 @@ class Scripted(GPT2LMHeadModel):
         self.eval()
         self.script = iter([token_id for reply in replies for token_id in reply])
         self.prompts = []
+        self.transformer.wte.register_forward_pre_hook(self.note)
+        self.lm_head = Head(self.score)
 
-    def forward(self, input_ids, **kwargs):
-        if input_ids.shape[1] > 1:
-            self.prompts.append(input_ids[0].tolist())
-        logits = torch.zeros(1, 1, self.config.vocab_size)
+    def note(self, _, inputs):
+        if inputs[0].shape[1] > 1:
+            self.prompts.append(inputs[0][0].tolist())
+
+    def score(self, hidden):
+        """Return the logits (1, V) of the next id of the script."""
+        logits = torch.zeros(1, self.config.vocab_size)
         token_id = next(self.script)
-        logits[0, 0, 0 if token_id == NAN else token_id] = torch.nan if token_id == NAN else 9.0
-        return CausalLMOutputWithCrossAttentions(logits=logits)
+        logits[0, 0 if token_id == NAN else token_id] = torch.nan if token_id == NAN else 9.0
+        return logits
+
+
+class Head(torch.nn.Module):
+    """Makes logits of the last hidden states by a function."""
+
+    def __init__(self, score):
+        super().__init__()
+        self.score = score
+
+    def forward(self, hidden):
+        return self.score(hidden)
 
 
 def say(text):
@@ -132,8 +147,8 @@ class Likes(Scripted):
         self.scores = torch.zeros(self.config.vocab_size)
         self.scores[ids] = torch.arange(len(ids), 0, -1.0)
 
-    def forward(self, input_ids, **kwargs):
-        return CausalLMOutputWithCrossAttentions(logits=self.scores.repeat(len(input_ids), 1, 1))
+    def score(self, hidden):
+        return self.scores.repeat(len(hidden), 1)
 
 
 def test_surplus_and_control_ids_are_never_said():
@@ -300,9 +315,9 @@ def test_an_empty_reply_is_no_turn():
 
 def test_ctrl_c_inside_the_model_keeps_the_part():
     class Interrupted(Scripted):
-        def forward(self, input_ids, **kwargs):
+        def score(self, hidden):
             try:
-                return super().forward(input_ids, **kwargs)
+                return super().score(hidden)
             except StopIteration:
                 raise KeyboardInterrupt from None
 
