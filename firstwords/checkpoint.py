@@ -244,8 +244,12 @@ def check_folder(folder: Path, flag: str) -> None:
         raise MissingInput(f"{flag} {folder}: is no folder; {near}")
 
 
-def download_model(repo_id: str) -> Path:
+def download_model(repo_id: str, *, flag: str = "--init_model_dir") -> Path:
     """Fetch a model folder from the Hub (safetensors and tokenizer only), or from its cache.
+
+    Args:
+        repo_id: such as `gpt2`.
+        flag: which asked for it, for the error.
 
     Raises:
         MissingInput: when it cannot be reached, or has no safetensors.
@@ -257,7 +261,7 @@ def download_model(repo_id: str) -> Path:
         folder = snapshot_download(repo_id, allow_patterns=["config.json", "model.safetensors", "tokenizer*"])
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
         raise MissingInput(
-            f"--init_model_dir hub:{repo_id}: neither cached nor reachable ({type(error).__name__}); "
+            f"{flag} hub:{repo_id}: neither cached nor reachable ({type(error).__name__}); "
             "download it elsewhere and name the folder"
         ) from None
     return Path(folder)

@@ -73,36 +73,40 @@ class TokenBlocks(Dataset):
 
 
 class TokenWindows(Dataset):
-    """A token store in its own order for evaluation: every token but the first is a label exactly once.
+    """Tokens in their own order for evaluation: every token but the first is a label exactly once.
 
-    Windows overlap by one token, which only the next one has to predict from; the last window may be padded.
+    By default windows overlap by one token, which only the next one has to predict from. A smaller stride
+    gives every label at least `seq_len - stride` tokens to predict from, and costs as many more windows.
 
     Args:
-        store: an opened split.
-        tokenizer: gives the pad id.
+        tokens: (N,) memory map or array, such as those of an opened store.
+        tokenizer: gives the id that fills the last window up.
         seq_len: tokens in a window.
+        stride: tokens by which a window is further on than the one before, below `seq_len`.
 
     Raises:
-        BadData: when the store holds fewer than two tokens, or ids that the tokenizer has not.
+        BadData: when there are fewer than two tokens, or ids that the tokenizer has not.
     """
 
-    def __init__(self, store: tokenstore.TokenStore, tokenizer: Tokenizer, seq_len: int):
-        if len(store.tokens) < 2:
-            raise BadData(f"the val split holds {len(store.tokens)} tokens; prepare more text")
-        _check_ids(np.asarray(store.tokens), tokenizer)
-        self.tokens, self.seq_len, self.pad_id = store.tokens, seq_len, tokenizer.pad_id
+    def __init__(self, tokens: np.ndarray, tokenizer: Tokenizer, seq_len: int, *, stride: int | None = None):
+        if len(tokens) < 2:
+            raise BadData(f"the val split holds {len(tokens)} tokens; prepare more text")
+        _check_ids(tokens, tokenizer)
+        self.tokens, self.seq_len, self.stride = tokens, seq_len, stride or seq_len - 1
+        # Of all control tokens the one that a plain GPT-2 has too.
+        self.pad_id = tokenizer.endoftext_id
 
     def __len__(self) -> int:
-        return -(-(len(self.tokens) - 1) // (self.seq_len - 1))
+        return 1 + max(0, -(-(len(self.tokens) - self.seq_len) // self.stride))
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """Return window `index`: `input_ids` (T,) and `labels` (T,), int64."""
-        start = index * (self.seq_len - 1)
+        start = index * self.stride
         window = self.tokens[start : start + self.seq_len].astype(np.int64)
         input_ids = torch.full((self.seq_len,), self.pad_id)
         labels = torch.full((self.seq_len,), IGNORED)
         input_ids[: len(window)] = labels[: len(window)] = torch.from_numpy(window)
-        labels[0] = IGNORED
+        labels[: self.seq_len - self.stride if index else 1] = IGNORED
         return {"input_ids": input_ids, "labels": labels}
 
 
@@ -187,7 +191,7 @@ class PackedChats(Dataset):
         _check_ids(chats.ids, tokenizer)
         self.chats, self.seq_len, self.seed, self.pad_id = chats, seq_len, seed, tokenizer.pad_id
         self.hash = chats.hash
-        self.learned = _choose_learned(chats, assistant_only)
+        self.learned = choose_learned(chats, assistant_only)
         kept, self.lengths = _apply_overlong(chats, self.learned, seq_len, overlong)
         self.dropped_tokens = int(len(chats.ids) - self.lengths.sum())
         self.num_overlong = int((chats.lengths > seq_len).sum())
@@ -241,7 +245,8 @@ def _check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> None:
             )
 
 
-def _choose_learned(chats: Chats, assistant_only: bool) -> np.ndarray:
+def choose_learned(chats: Chats, assistant_only: bool) -> np.ndarray:
+    """Return (N,) bool: where a label stands, never at the first token of a conversation."""
     learned = chats.masks.copy() if assistant_only else np.ones(len(chats.ids), dtype=bool)
     learned[chats.starts[:-1]] = False
     return learned
@@ -290,7 +295,7 @@ def open_train(
     if tokenstore.is_store(data_dir):
         _check_token_store(data_dir, assistant_only)
         return TokenBlocks(tokenstore.open_store(data_dir, "train"), tokenizer, seq_len, seed)
-    chats = read_chats(_find_chats(data_dir, "train"))
+    chats = read_chats(find_chats(data_dir, "train"))
     return PackedChats(chats, tokenizer, seq_len, seed, assistant_only=assistant_only, overlong=overlong)
 
 
@@ -305,8 +310,8 @@ def open_val(
     """Open the val split, to be read in full; errors as of `open_train`."""
     if tokenstore.is_store(data_dir):
         _check_token_store(data_dir, assistant_only)
-        return TokenWindows(tokenstore.open_store(data_dir, "val"), tokenizer, seq_len)
-    chats = read_chats(_find_chats(data_dir, "val"))
+        return TokenWindows(tokenstore.open_store(data_dir, "val").tokens, tokenizer, seq_len)
+    chats = read_chats(find_chats(data_dir, "val"))
     return PackedChats(chats, tokenizer, seq_len, 0, assistant_only=assistant_only, overlong=overlong)
 
 
@@ -318,7 +323,12 @@ def _check_token_store(data_dir: Path, assistant_only: bool) -> None:
         )
 
 
-def _find_chats(data_dir: Path, split: str) -> Path:
+def find_chats(data_dir: Path, split: str) -> Path:
+    """Return the path of a split's tokenized conversations.
+
+    Raises:
+        MissingInput: when the folder is not there.
+    """
     if not data_dir.is_dir():
         raise MissingInput(f"--data_dir {data_dir}: is not there; run a prep script with --out_dir first")
     return data_dir / f"{split}_tokenized.jsonl"

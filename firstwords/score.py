@@ -1,91 +1,15 @@
-"""A model and data -> numbers that mean the same everywhere.
+"""Questions with known answers, and a model -> marks.
 
-    evaluate_loss(model, val_set, tokenizer, batch_size=16).bits_per_byte   ->  1.43
     score_answers(answer_questions(open_session, held_out, seed=0))["exact_match"]   ->  0.975
 
-Questions are asked through `ChatSession`, as a person would. Invariant: the loss is the sum over labelled
-tokens divided by their number, so it does not depend on the batch size. (Trainer's own eval_loss weights
-batches by rows: 5.37 / 5.09 / 5.10 for batches of 1 / 2 / 4 of one set under an assistant mask, measured
-with transformers 5.23.)
+Invariant: questions are asked through `ChatSession`, as a person would.
 """
 
-import contextlib
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
-import torch
-from torch.utils.data import Dataset
-
-from firstwords.dataset import collate
-from firstwords.model import IGNORED, GPT2LMHeadModel
 from firstwords.pydocs import GREETING_ANSWER, HeldOut
 from firstwords.session import ChatSession, Reply, ask_many
-from firstwords.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Loss:
-    """Sums over a data set: nats of loss, labelled tokens, and the bytes of text they stand for."""
-
-    nats: float
-    tokens: int
-    num_bytes: int
-
-    @property
-    def mean(self) -> float:
-        """Nats per token."""
-        return self.nats / self.tokens
-
-    @property
-    def perplexity(self) -> float:
-        """`exp` of the mean; infinite where that is too large for a float."""
-        return math.exp(self.mean) if self.mean < 700 else math.inf
-
-    @property
-    def bits_per_byte(self) -> float:
-        """Bits per byte of text: comparable across tokenizers. Control tokens cost, but hold no bytes."""
-        return self.nats / math.log(2) / max(self.num_bytes, 1)
-
-
-def evaluate_loss(
-    model: GPT2LMHeadModel,
-    dataset: Dataset,
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    bf16: bool = False,
-) -> Loss:
-    """Return the loss over all rows of the data set.
-
-    Args:
-        model: put into evaluation mode for the call, and back.
-        dataset: rows as `dataset.PackedChats` and `dataset.TokenWindows` give them.
-        tokenizer: gives the bytes of the labels.
-        batch_size: rows at a time; it changes speed and memory, not the result.
-        bf16: compute under autocast, as the training did.
-    """
-    sizes = np.array([len(tokenizer.token_bytes(i)) for i in range(len(tokenizer))])
-    nats, tokens, num_bytes = 0.0, 0, 0
-    was_training = model.training
-    model.eval()
-    with torch.inference_mode(), autocast(model.device, bf16):
-        for begin in range(0, len(dataset), batch_size):
-            rows = [dataset[i] for i in range(begin, min(begin + batch_size, len(dataset)))]
-            batch = {name: rows.to(model.device) for name, rows in collate(rows).items()}
-            labels = batch["labels"][:, 1:]
-            labels = labels[labels != IGNORED].cpu().numpy()
-            nats += float(model(**batch, num_items_in_batch=1).loss)
-            tokens += len(labels)
-            num_bytes += int(sizes[labels].sum())
-    model.train(was_training)
-    return Loss(nats, tokens, num_bytes)
-
-
-def autocast(device: torch.device, bf16: bool):
-    """Return the context that training with `--bf16` computes in, or one that does nothing."""
-    return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,9 @@ from firstwords import atomic, checkpoint
 from firstwords.args import TrainFlags
 from firstwords.errors import BadData, BadFlag, Diverged, IOFailed
 from firstwords.generate import Sampling
+from firstwords.loss import evaluate_loss
 from firstwords.optimizer import MuonAdamWFactory
 from firstwords.schema import mask_control
-from firstwords.score import evaluate_loss
 from firstwords.session import ChatSession
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import Tokenizer

@@ -105,7 +105,16 @@ def check_windows(windows, tokens):
 @pytest.mark.parametrize("count", [2, 6, 7, 8, 13, 14, 20, 99])
 def test_windows_predict_each_token_once(count):
     tokens = np.random.default_rng(count).integers(0, 200, count).tolist()
-    check_windows(TokenWindows(build_store(tokens), BYTES, 7), tokens)
+    check_windows(TokenWindows(np.array(tokens), BYTES, 7), tokens)
+
+
+@pytest.mark.parametrize("stride", [1, 3, 6])
+def test_a_stride_gives_each_label_so_much_to_predict_from(stride):
+    tokens = list(range(40))
+    windows = TokenWindows(np.array(tokens), BYTES, 7, stride=stride)
+    check_windows(windows, tokens)
+    for index in range(1, len(windows)):
+        assert np.flatnonzero(windows[index]["labels"] != IGNORED)[0] == 7 - stride
 
 
 def test_windows_that_do_not_overlap_lose_tokens():
@@ -116,18 +125,18 @@ def test_windows_that_do_not_overlap_lose_tokens():
             return {"input_ids": ids, "labels": torch.cat([torch.tensor([IGNORED]), ids[1:]])}
 
     with pytest.raises(AssertionError):
-        check_windows(Apart(build_store(range(21)), BYTES, 7), list(range(21)))
+        check_windows(Apart(np.arange(21), BYTES, 7), list(range(21)))
 
 
 def test_the_tail_of_the_last_window_is_padding():
-    row = TokenWindows(build_store([5, 6, 7]), BYTES, 5)[0]
-    assert row["input_ids"].tolist() == [5, 6, 7, BYTES.pad_id, BYTES.pad_id]
+    row = TokenWindows(np.array([5, 6, 7]), BYTES, 5)[0]
+    assert row["input_ids"].tolist() == [5, 6, 7, BYTES.endoftext_id, BYTES.endoftext_id]
     assert row["labels"].tolist() == [IGNORED, 6, 7, IGNORED, IGNORED]
 
 
 def test_a_val_split_of_one_token_is_refused():
     with pytest.raises(BadData, match="the val split holds 1 tokens"):
-        TokenWindows(build_store([1]), BYTES, 5)
+        TokenWindows(np.array([1]), BYTES, 5)
 
 
 # --- stage B
@@ -266,7 +275,7 @@ def test_an_id_beyond_the_vocabulary_is_refused(tmp_path, wrong):
         with pytest.raises(BadData, match=message):
             TokenBlocks(store, BYTES, 2, seed=0)
         with pytest.raises(BadData, match=message):
-            TokenWindows(store, BYTES, 2)
+            TokenWindows(store.tokens, BYTES, 2)
 
 
 def test_the_last_id_of_the_vocabulary_is_fine(tmp_path):

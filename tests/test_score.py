@@ -1,111 +1,21 @@
-"""Numbers that mean the same everywhere: the loss by tokens, and the marks of answers."""
-
-import math
-from dataclasses import replace
+"""The marks of answers."""
 
 import pytest
 import torch
-import transformers
-from tiny import BYTES, invent_talks, write_chats, write_config, write_store
-from torch.nn import functional
+from tiny import BYTES, write_config
 
 from firstwords import score
-from firstwords.dataset import PackedChats, TokenWindows, collate, read_chats
-from firstwords.model import IGNORED, build_model
+from firstwords.model import build_model
 from firstwords.pydocs import GREETING_ANSWER, HeldOut, build_held_out
 from firstwords.schema import Message
-from firstwords.score import Answer, Loss, answer_questions, evaluate_loss, score_answers
+from firstwords.score import Answer, answer_questions, score_answers
 from firstwords.session import ChatSession, Reply
-from firstwords.tokenstore import open_store
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     cfg = write_config(tmp_path_factory.mktemp("model") / "c.json", initializer_range=0.3)
     return build_model(cfg, BYTES, seed=0).eval()
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """Seven packed rows with uneven numbers of labels."""
-    data = write_chats(tmp_path_factory.mktemp("data") / "chats", invent_talks(14, seed=3))
-    dataset = PackedChats(read_chats(data / "train_tokenized.jsonl"), BYTES, 99, seed=0)
-    assert len(dataset) > 5
-    return dataset
-
-
-def sum_by_hand(model, dataset):
-    """Return the nats over all labels by the plain model, their number, and their bytes."""
-    nats, labels = 0.0, []
-    for index in range(len(dataset)):
-        row = collate([dataset[index]])
-        targets = row.pop("labels")[0, 1:]
-        with torch.no_grad():
-            logits = transformers.GPT2LMHeadModel.forward(model, **row, use_cache=False).logits[0, :-1]
-        total = functional.cross_entropy(logits.double(), targets, ignore_index=IGNORED, reduction="sum")
-        nats += float(total)
-        labels += targets[targets != IGNORED].tolist()
-    return nats, len(labels), sum(label < 256 for label in labels)
-
-
-def check_loss(loss_of, model, dataset):
-    """The same for batches of 1, 2 and 5 rows, and what comes out by hand."""
-    nats, tokens, num_bytes = sum_by_hand(model, dataset)
-    for batch_size in (1, 2, 5):
-        loss = loss_of(model, dataset, BYTES, batch_size=batch_size)
-        assert loss.mean == pytest.approx(nats / tokens, rel=1e-5)
-        assert loss.tokens == tokens
-        assert loss.bits_per_byte == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-5)
-        assert loss.perplexity == pytest.approx(math.exp(nats / tokens), rel=1e-4)
-
-
-def test_the_loss_of_packed_rows(model, rows):
-    check_loss(evaluate_loss, model, rows)
-
-
-def test_the_loss_of_a_token_store(model, tmp_path):
-    data = write_store(tmp_path / "data", ["x"], ["tea and birds " * 9, "seven"])
-    check_loss(evaluate_loss, model, TokenWindows(open_store(data, "val"), BYTES, 32))
-
-
-def test_a_mean_over_batches_is_seen(model, rows):
-    def mean_of_batches(model, dataset, tokenizer, *, batch_size):
-        batches = range(0, len(dataset), batch_size)
-        losses = []
-        for begin in batches:
-            batch = collate([dataset[i] for i in range(begin, min(begin + batch_size, len(dataset)))])
-            losses.append(float(model(**batch).loss.detach()))
-        whole = evaluate_loss(model, dataset, tokenizer, batch_size=batch_size)
-        return replace(whole, nats=whole.tokens * sum(losses) / len(losses))
-
-    with pytest.raises(AssertionError):
-        check_loss(mean_of_batches, model, rows)
-
-
-def test_dropout_is_off_and_the_mode_is_put_back(tmp_path, rows):
-    cfg = write_config(tmp_path / "c.json", resid_pdrop=0.5, embd_pdrop=0.5)
-    model = build_model(cfg, BYTES, seed=0).train()
-    losses = {evaluate_loss(model, rows, BYTES, batch_size=4).nats for _ in range(2)}
-    assert len(losses) == 1
-    assert model.training
-    model.eval()
-    evaluate_loss(model, rows, BYTES, batch_size=4)
-    assert not model.training
-
-
-def test_under_bf16_it_is_nearly_the_same(model, rows):
-    exact = evaluate_loss(model, rows, BYTES, batch_size=4)
-    rough = evaluate_loss(model, rows, BYTES, batch_size=4, bf16=True)
-    assert rough.mean == pytest.approx(exact.mean, rel=0.05)
-    assert rough.mean != exact.mean
-
-
-def test_figures_at_the_edges():
-    assert Loss(nats=5000.0, tokens=2, num_bytes=0).perplexity == math.inf
-    assert Loss(nats=math.log(2), tokens=1, num_bytes=0).bits_per_byte == pytest.approx(1)
-
-
-# --- answers
 
 
 def build_answer(kind, expected, text, *, stopped=True, drawn=True, subject="x"):

@@ -17,7 +17,7 @@ from firstwords import trainer
 from firstwords.args import TrainFlags
 from firstwords.checkpoint import list_checkpoints, read_manifest, verify
 from firstwords.errors import BadFlag, Diverged, IOFailed
-from firstwords.score import evaluate_loss
+from firstwords.loss import evaluate_loss
 from firstwords.trainer import (
     RunLog,
     Samples,
