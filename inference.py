@@ -1,30 +1,33 @@
 """Chat with a trained model.
 
     python inference.py --model_dir runs/chat                              talk on the terminal
+    python inference.py --model_dir runs/chat --follow                     talk to a run that is training
     python inference.py --model_dir runs/chat --prompt "What is a dict?"   one answer, for scripts
-    python inference.py --model_dir runs/chat < questions.txt              a question a line
+    python inference.py --model_dir runs/chat < questions.txt              a question a line, one chat
+    python inference.py --model_dir runs/chat --prompt_file questions.txt  a question a line, each for itself
 
 --model_dir is a run, one of its checkpoints, or any model folder; of a run that is still training,
-the newest complete checkpoint is taken. Answers go to stdout, everything else to stderr. Ctrl-C
-stops a reply; at the prompt it clears the line, and twice in a row it leaves. Control characters
-that a model might say (escape sequences of terminals) are printed as U+FFFD.
+the newest complete checkpoint is taken. Answers go to stdout, everything else to stderr. With --json
+each answer is an object on a line of its own: prompt, reply, whether it ended by itself (stopped), its
+tokens, the prompt's, the turns out of view (evicted); or the prompt and why it was refused (error).
+On the terminal /help lists the commands. Ctrl-C stops a reply; at the prompt it clears the line, and
+twice in a row it leaves. Control characters that a model might say (escape sequences of terminals) are
+printed as U+FFFD.
 """
 
+import json
 import os
-import re
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
+from functools import partial
+from pathlib import Path
 
 from firstwords.args import build_parser, run_main
-from firstwords.errors import BadData, suggest
+from firstwords.errors import BadData, BadFlag, IOFailed, MissingInput, suggest
 from firstwords.schema import mask_control
 
-HELP = """\
-/help          this list
-/reset         forget the conversation; the system message stays
-/system TEXT   set the system message; without TEXT take it away
-/quit          leave (also Ctrl-D)
-Ctrl-C         stop the reply; at the prompt clear the line, twice leave"""
+COLOURS = {"dim": "\x1b[2m", "warn": "\x1b[33m", "error": "\x1b[31m"}
 
 
 def parse_flags(argv: list[str] | None):
@@ -42,37 +45,59 @@ def parse_flags(argv: list[str] | None):
     add("--max_new_tokens", type=int, help="longest reply in tokens; default: the context's rest")
     add("--system", metavar="TEXT", help="the system message")
     add("--prompt", metavar="TEXT", action="append", help="ask this and end; again: go on with it")
-    return parser.parse_args(argv)
+    add("--prompt_file", metavar="FILE", help="ask each line, in a chat of its own, and end; - is stdin")
+    add("--json", action="store_true", help="answers as JSON, one object a line")
+    add("--follow", action="store_true", help="go over to each new checkpoint, with the conversation")
+    add("--history_file", type=Path, metavar="FILE", help="lines of earlier chats; /dev/null keeps none")
+    flags = parser.parse_args(argv)
+    if flags.prompt and flags.prompt_file:
+        raise BadFlag("--prompt_file: stands beside --prompt; give one of them")
+    if flags.follow and (flags.prompt or flags.prompt_file):
+        raise BadFlag("--follow: is for a chat, and this ends with its answers; leave it out")
+    return flags
 
 
 def main(argv: list[str] | None = None) -> None:
     """Load the model and chat as the flags and the terminal say."""
     flags = parse_flags(argv)
-    chat = Chat(open_session(flags))
+    session = open_session(flags)
+    follower = build_follower(flags)
     sys.stdout.reconfigure(errors="replace")
-    if flags.prompt is not None:
+    if flags.prompt_file is not None:
+        answer_file(session, flags)
+    elif flags.json:
+        texts = read_lines(sys.stdin) if flags.prompt is None else flags.prompt
+        answer_json(session, texts, follower)
+    elif flags.prompt is not None:
+        chat = build_chat(session, follower)
         for text in filter(str.strip, flags.prompt):
             chat.answer(text)
     elif sys.stdin.isatty() and sys.stdout.isatty():
-        run_repl(chat)
+        talk(session, follower, flags.history_file)
     else:
-        run_lines(chat)
+        run_lines(build_chat(session, follower))
 
 
 def open_session(flags):
     """Load what `--model_dir` names and say what that is."""
     from firstwords.model import quiet_transformers
-    from firstwords.session import load_session
 
     quiet_transformers()
     device, why = pick_device(flags.device)
-    session = load_session(
-        flags.model_dir, device=device, system=flags.system or None, sampling=build_sampling(flags)
-    )
+    session = load_model_dir(flags)
     step = session.manifest.get("step", "unknown")
     size = f"{session.model.num_parameters():,} weights, context {session.context} tokens"
     say(f"loaded {session.folder}: step {step}, {size}, on {device}{why}")
     return session
+
+
+def load_model_dir(flags):
+    """Return a session of the model that the flags name."""
+    from firstwords.session import load_session
+
+    device, _ = pick_device(flags.device)
+    system, sampling = flags.system or None, build_sampling(flags)
+    return load_session(flags.model_dir, device=device, system=system, sampling=sampling)
 
 
 def build_sampling(flags):
@@ -96,113 +121,158 @@ def pick_device(name: str) -> tuple[str, str]:
     return device, " (auto: no GPU found)" if device == "cpu" else " (auto)"
 
 
-class Chat:
-    """A session that answers on stdout and understands the commands of the prompt."""
-
-    def __init__(self, session):
-        self.session = session
-        self.told_eviction = False
-
-    def answer(self, text: str) -> None:
-        """Print the reply as it comes; Ctrl-C stops it and is passed on."""
-        pieces = self.session.stream(text)
-        try:
-            for piece in pieces:
-                print(mask_control(piece), end="", flush=True)
-        finally:
-            pieces.close()
-            print(flush=True)
-        self._comment(self.session.last)
-
-    def _comment(self, reply) -> None:
-        if reply.evicted and not self.told_eviction:
-            self.told_eviction = True
-            say(f"(context of {self.session.context} tokens full: the oldest turns are dropped)")
-        if not reply.stopped:
-            say(f"(the reply did not end by itself: {len(reply.ids)} tokens)")
-
-    def take(self, line: str) -> bool:
-        """Do what one line asks, a command or a question; return False when it is to leave."""
-        line = line.strip()
-        command, _, argument = line.partition(" ")
-        if command == "/quit":
-            return False
-        if re.fullmatch(r"/\w+", command):
-            self._run_command(command, argument.strip())
-        elif line:
-            self.answer(line)
-        return True
-
-    def _run_command(self, command: str, argument: str) -> None:
-        if command == "/help":
-            say(HELP)
-        elif command == "/reset":
-            self.session.reset()
-            self.told_eviction = False
-            say("(forgotten)")
-        elif command == "/system":
-            self.session.set_system(argument or None)
-            say("(system message set)" if argument else "(no system message)")
-        else:
-            near = suggest(command, ["/help", "/reset", "/system", "/quit"])
-            say(f"{command}: unknown command; {near}")
-
-
-def run_lines(chat: Chat) -> None:
-    """Answer the lines of stdin to its end.
+def build_follower(flags):
+    """Return what `--follow` asks for, or None.
 
     Raises:
-        BadData: at the end, when some could not be asked.
+        BadFlag: when `--model_dir` is no run.
     """
-    sys.stdin.reconfigure(errors="surrogateescape")
+    from firstwords.checkpoint import list_checkpoints
+    from firstwords.session import Follower
+
+    if not flags.follow:
+        return None
+    if not list_checkpoints(Path(flags.model_dir)):
+        raise BadFlag(f"--follow: {flags.model_dir} holds no checkpoints; name a run that is training")
+    return Follower(Path(flags.model_dir), partial(load_model_dir, flags))
+
+
+def build_chat(session, follower, **options):
+    """Return a chat whose answers go to stdout and whose remarks to stderr."""
+    from firstwords.repl import Chat
+
+    return Chat(session, write=write, say=say, follower=follower, **options)
+
+
+def talk(session, follower, history_file: Path | None) -> None:
+    """Chat on the terminal."""
+    from firstwords.terminal import find_history_file, run_repl
+
+    say("/help lists the commands", "dim")
+    chat = build_chat(session, follower, tells_speed=True)
+    run_repl(chat, history_file or find_history_file(), coloured=has_colour(sys.stdout))
+
+
+def run_lines(chat) -> None:
+    """Answer the lines of stdin, questions and commands, to its end.
+
+    Raises:
+        BadData: at the end, when some could not be answered.
+    """
+    from firstwords.repl import REFUSED
+
     refused = 0
-    for line in sys.stdin:
+    for line in read_lines(sys.stdin):
         try:
             if not chat.take(line):
                 break
+        except REFUSED as error:
+            refused += 1
+            say(f"error: {error}", "error")
+    check_refused(refused, "stdin")
+
+
+def answer_json(session, texts: Iterable[str], follower) -> None:
+    """Answer each text in one conversation, with an object on a line of its own.
+
+    Raises:
+        BadData: at the end, when some could not be answered.
+    """
+    refused = 0
+    for text in filter(str.strip, texts):
+        session = follower.move(session) if follower else session
+        try:
+            session.ask(text)
         except BadData as error:
             refused += 1
-            say(f"error: {error}")
-    if refused:
-        raise BadData(f"stdin: lines that were not answered: {refused}; see above why")
+            write_json(text, error)
+        else:
+            write_json(text, session.last)
+    check_refused(refused, "prompts")
 
 
-def run_repl(chat: Chat) -> None:
-    """Chat on the terminal until /quit, Ctrl-D, or Ctrl-C twice in a row."""
-    from prompt_toolkit import PromptSession
+def answer_file(session, flags) -> None:
+    """Answer each line of `--prompt_file` in a conversation of its own.
 
-    say("/help lists the commands")
-    prompts = PromptSession()
-    while (line := read_line(prompts)) is not None:
-        try:
-            if not chat.take(line):
-                break
-        except KeyboardInterrupt:
-            say("(stopped)")
-        except BadData as error:
-            say(f"error: {error}")
-
-
-def read_line(prompts) -> str | None:
-    """Return the next line from the terminal, or None at Ctrl-D.
-
-    Ctrl-C clears a line that holds text; the second one in a row ends the program with 130.
+    Raises:
+        BadData: at the end, when some could not be answered.
     """
-    style = "" if "NO_COLOR" in os.environ else "ansigreen bold"
-    interrupts = 0
-    while interrupts < 2:
-        try:
-            return prompts.prompt([(style, "you> ")])
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
-            interrupts = 1 if prompts.default_buffer.text else interrupts + 1
-    sys.exit(130)
+    from firstwords.session import ask_each
+
+    refused = 0
+    for text, answer in ask_each(session, filter(str.strip, open_prompts(flags.prompt_file))):
+        refused += isinstance(answer, BadData)
+        if flags.json:
+            write_json(text, answer)
+        elif isinstance(answer, BadData):
+            say(f"error: {answer}", "error")
+        else:
+            write(mask_control(answer.text) + "\n")
+    check_refused(refused, flags.prompt_file)
 
 
-def say(text: str) -> None:
-    """Print a remark on stderr, apart from the answers."""
+def check_refused(refused: int, where: str) -> None:
+    """Raise `BadData` when there were lines that could not be answered."""
+    if refused:
+        raise BadData(f"{where}: lines that were not answered: {refused}; see above why")
+
+
+def open_prompts(name: str) -> Iterator[str]:
+    """Return the lines of a file, or of stdin for `-`.
+
+    Raises:
+        MissingInput: when there is no such file.
+        IOFailed: when it cannot be read.
+    """
+    if name == "-":
+        return read_lines(sys.stdin)
+    path = Path(name)
+    if not path.exists():
+        near = suggest(path.name, [p.name for p in path.parent.glob("*")])
+        raise MissingInput(f"--prompt_file {path}: is not there; {near}")
+    try:
+        return read_lines(open(path, encoding="utf-8-sig"))  # noqa: SIM115 - read to its end, line by line
+    except OSError as error:
+        raise IOFailed(f"--prompt_file {path}: cannot be read ({error.strerror}); name another") from None
+
+
+def read_lines(file) -> Iterator[str]:
+    """Return the lines of an open file without their ends; bytes that are no UTF-8 are refused later."""
+    file.reconfigure(errors="surrogateescape")
+    return (line.rstrip("\n") for line in file)
+
+
+def write(text: str) -> None:
+    """Print a part of an answer on stdout."""
+    print(text, end="", flush=True)
+
+
+def write_json(text: str, answer) -> None:
+    """Print a `Reply`, or the error in its place, as one line of ASCII."""
+    if isinstance(answer, BadData):
+        row = {"prompt": text, "error": str(answer)}
+    else:
+        row = {
+            "prompt": text,
+            "reply": answer.text,
+            "stopped": answer.stopped,
+            "tokens": len(answer.ids),
+            "prompt_tokens": len(answer.prompt),
+            "evicted": answer.evicted,
+        }
+    print(json.dumps(row), flush=True)
+
+
+def say(text: str, style: str = "") -> None:
+    """Print a remark on stderr, apart from the answers; with colour only on a terminal."""
+    if style and has_colour(sys.stderr):
+        text = f"{COLOURS[style]}{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)
+
+
+def has_colour(stream) -> bool:
+    """Tell whether colours are wanted there (https://no-color.org)."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 if __name__ == "__main__":

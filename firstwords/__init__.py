@@ -21,5 +21,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     5  loss         model and rows of tokens -> the loss by tokens
     5  baselines    prepared data -> what counting alone would score
     6  score        questions with known answers -> marks
+    6  repl         lines of a chat: questions and commands
+    7  terminal     the prompt of a chat on a terminal
     7  trainer      the Trainer subclass and its callbacks
 """

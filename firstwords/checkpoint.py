@@ -213,26 +213,30 @@ def find_checkpoint(model_dir: Path) -> Path:
     return folder
 
 
-def find_init(model_dir: Path) -> Path:
-    """Return the folder from whose weights another stage may start.
+def find_init(model_dir: Path, flag: str = "--init_model_dir") -> Path:
+    """Return the folder of a model that is done: to start another stage from, or to hand on.
+
+    Args:
+        model_dir: a finished run, one `checkpoint-<step>`, or a plain Hugging Face folder.
+        flag: what named it, for the errors.
 
     Raises:
         MissingInput: when nothing is there.
         Mismatch: for a run that has not reached its end.
         Damaged: when a file is not what the manifest says.
     """
-    check_folder(model_dir, "--init_model_dir")
+    check_folder(model_dir, flag)
     if list_checkpoints(model_dir) and not is_complete(model_dir):
         newest = list_checkpoints(model_dir)[0].name
         raise Mismatch(
-            f"--init_model_dir {model_dir}: this run has not reached its end; let it finish, or name "
+            f"{flag} {model_dir}: this run has not reached its end; let it finish, or name "
             f"{model_dir / newest}"
         )
     if is_complete(model_dir) or (model_dir / MANIFEST).is_file():
         verify(model_dir)
         return model_dir
     if not (model_dir / "config.json").is_file():
-        raise MissingInput(f"--init_model_dir {model_dir}: holds no model; name a run or a checkpoint")
+        raise MissingInput(f"{flag} {model_dir}: holds no model; name a run or a checkpoint")
     return model_dir
 
 

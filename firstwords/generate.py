@@ -63,6 +63,20 @@ class Sampling:
 GREEDY = Sampling()
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A token of a reply, and what might have stood in its place.
+
+    Attributes:
+        token_id, probability: of the token, and how probable the model held it.
+        others: the likeliest other ids with their probabilities, the likeliest first.
+    """
+
+    token_id: int
+    probability: float
+    others: list[tuple[int, float]]
+
+
 def stream_ids(
     model: GPT2LMHeadModel,
     input_ids: list[int],
@@ -188,6 +202,42 @@ def stream_batch(
         rows = [rows[place] for place in order]
         decoder.keep(order)
         logits = decoder.step([picked[place] for place in order])
+
+
+@torch.inference_mode()
+def rank_ids(
+    model: GPT2LMHeadModel,
+    prompt: list[int],
+    ids: list[int],
+    *,
+    banned_ids: Iterable[int] = (),
+    num_others: int = 2,
+) -> list[Choice]:
+    """Return how probable the model holds each of `ids` behind the prompt and the ids before it.
+
+    The probabilities are the model's own: at temperature 1, no filter, no penalty.
+
+    Args:
+        model, prompt, banned_ids: as in `stream_batch`; prompt and ids fit into `n_positions`.
+        ids: of a reply.
+        num_others: how many of the likeliest other ids are named.
+    """
+    if not ids:
+        return []
+    input_ids = torch.tensor([[*prompt, *ids[:-1]]], device=model.device)  # (1, T)
+    logits = model(input_ids=input_ids, logits_to_keep=len(ids)).logits[0].float()  # (R, V)
+    logits[:, sorted(banned_ids)] = -math.inf
+    probabilities = logits.softmax(-1)
+    best = probabilities.topk(min(num_others + 1, logits.shape[-1]))
+    rows = zip(ids, probabilities, best.indices.tolist(), best.values.tolist(), strict=True)
+    return [
+        Choice(
+            token_id,
+            row[token_id].item(),
+            [pair for pair in zip(others, values, strict=True) if pair[0] != token_id][:num_others],
+        )
+        for token_id, row, others, values in rows
+    ]
 
 
 def _find_room(model: GPT2LMHeadModel, prompt: list[int], sampling: Sampling, limit) -> int:

@@ -6,25 +6,30 @@
 
 Rules. The context is the longest row that was trained. Of it a part is kept free for the reply:
 `max_new_tokens`, or a quarter of the context when that is not set, never more than half. When the
-turns so far do not fit, the oldest whole turns (a question with its answer) are dropped; the system
-message stays. A turn is recorded when its reply holds text, though it were stopped half-way; else
-the history stays as it was. Invariant: `messages` is the system message, if any, and whole turns.
+turns so far do not fit, the oldest whole turns (a question with its answer) are out of the model's
+view; the system message stays. A turn is recorded when its reply holds text, though it were stopped
+half-way; else the history stays as it was. Invariant: `messages` is the system message, if any, and
+whole turns, all of them.
 """
 
 import codecs
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from transformers import GPT2LMHeadModel
 
-from firstwords.checkpoint import find_checkpoint, load_model, read_manifest
-from firstwords.errors import BadData, Mismatch
-from firstwords.generate import GREEDY, Sampling, generate_batch, stream_ids
+from firstwords.checkpoint import find_checkpoint, list_checkpoints, load_model, read_manifest
+from firstwords.errors import BadData, Damaged, Mismatch, MissingInput
+from firstwords.generate import GREEDY, Choice, Sampling, generate_batch, rank_ids, stream_ids
 from firstwords.schema import Message, RowError, check_text
 from firstwords.template import encode_chat, encode_prompt
 from firstwords.tokenizer import Tokenizer, load_tokenizer
+
+# Characters beyond which a text is measured by them before it is encoded: 100 MB would take half a minute.
+LONG_TEXT = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +38,14 @@ class Reply:
 
     Attributes:
         text: without control tokens; bytes that are no UTF-8 became U+FFFD.
+        prompt: the ids that the model read.
         ids: as generated, the stop id included.
         stopped: ended by itself with `<|end|>`; False when cut by a limit or an interrupt.
-        evicted: turns (a question with its answer) that were dropped to make room.
+        evicted: turns (a question with its answer) that were out of view for want of room.
     """
 
     text: str
+    prompt: list[int]
     ids: list[int]
     stopped: bool
     evicted: int
@@ -46,7 +53,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A turn about to be answered: the messages that fit, their prompt, and the room behind it."""
+    """A turn about to be answered: all messages, the prompt of those in view, and the room behind it."""
 
     messages: list[Message]
     prompt: list[int]
@@ -65,7 +72,7 @@ class ChatSession:
         sampling: how replies are drawn; may be replaced between turns.
 
     Attributes:
-        messages: the system message, if any, and the whole turns that are still in view.
+        messages: the system message, if any, and all whole turns, the oldest of which may be out of view.
         last: the newest `Reply`, or None.
         folder, manifest: where `load_session` found the model; None and `{}` of any other session.
     """
@@ -90,12 +97,17 @@ class ChatSession:
         self.stop_ids = frozenset({tokenizer.end_id, tokenizer.endoftext_id})
         surplus = range(len(tokenizer), model.config.vocab_size)
         self.banned_ids = {*surplus, *tokenizer.control_ids.values()} - self.stop_ids
+        self.longest_token = max(map(len, tokenizer.vocabulary))
         self.set_system(system)
 
     @property
     def used(self) -> int:
-        """Tokens that the history fills."""
-        return len(encode_chat(self.messages, self.tokenizer)[0])
+        """Tokens of the history that the next prompt will hold, as far as can be known before it."""
+        system = self.messages[: self._count_system()]
+        frame = len(encode_prompt([*system, Message("user", "")], self.tokenizer))
+        sizes = self._measure_turns()
+        evicted = _count_evicted(sizes, self.context - self.reserve - frame)
+        return len(encode_chat(system, self.tokenizer)[0]) + sum(sizes[evicted:])
 
     @property
     def reserve(self) -> int:
@@ -105,6 +117,28 @@ class ChatSession:
     def reset(self) -> None:
         """Forget all turns; the system message stays."""
         self.messages = self.messages[: self._count_system()]
+        self.last = None
+
+    def undo(self) -> str | None:
+        """Forget the newest turn and return its question; None when there is none."""
+        if len(self.messages) == self._count_system():
+            return None
+        *self.messages, question, _ = self.messages
+        self.last = None
+        return question.content
+
+    def restore(self, messages: Sequence[Message]) -> None:
+        """Go on with another conversation in place of this one.
+
+        Args:
+            messages: as `schema.parse_conversation` returns them, or as another session has them.
+
+        Raises:
+            BadData: when its system message leaves no room for a question; nothing is changed then.
+        """
+        has_system = bool(messages) and messages[0].role == "system"
+        self.set_system(messages[0].content if has_system else None)
+        self.messages = list(messages)
         self.last = None
 
     def set_system(self, text: str | None) -> None:
@@ -179,24 +213,56 @@ class ChatSession:
         _check_message(text, "message")
         first = self._count_system()
         system, turns = self.messages[:first], self.messages[first:]
-        for evicted in range(len(turns) // 2 + 1):
-            messages = [*system, *turns[2 * evicted :], Message("user", text)]
-            prompt = encode_prompt(messages, self.tokenizer)
-            if len(prompt) <= self.context - self.reserve:
-                return _Plan(messages, prompt, self.context - len(prompt), evicted)
+        question = Message("user", text)
         around = len(encode_prompt([*system, Message("user", "")], self.tokenizer))
-        raise BadData(
-            f"message: is {len(prompt) - around} tokens long, and at most "
-            f"{self.context - self.reserve - around} fit (context {self.context}, of which "
+        room = self.context - self.reserve - around
+        if len(text) > max(LONG_TEXT, room * self.longest_token):
+            raise self._refuse_length(f"{len(text):,} characters", room, around)
+        size = len(encode_prompt([*system, question], self.tokenizer)) - around
+        if size > room:
+            raise self._refuse_length(f"{size:,} tokens", room, around)
+        evicted = _count_evicted(self._measure_turns(), room - size)
+        prompt = encode_prompt([*system, *turns[2 * evicted :], question], self.tokenizer)
+        return _Plan([*self.messages, question], prompt, self.context - len(prompt), evicted)
+
+    def _refuse_length(self, length: str, room: int, around: int) -> BadData:
+        return BadData(
+            f"message: is {length} long, and at most {room} tokens fit (context {self.context}, of which "
             f"{self.reserve} are kept for the reply and {around} go to the frame); shorten it"
         )
 
+    def _measure_turns(self) -> list[int]:
+        """Return the tokens of each whole turn."""
+        turns = iter(self.messages[self._count_system() :])
+        return [len(encode_chat(list(pair), self.tokenizer)[0]) for pair in zip(turns, turns, strict=True)]
+
     def _record(self, plan: _Plan, ids: list[int], text: str) -> Reply:
         stopped = ids[-1:] == [self.tokenizer.end_id]
-        self.last = Reply(text, ids, stopped, plan.evicted)
+        self.last = Reply(text, plan.prompt, ids, stopped, plan.evicted)
         if text.strip():  # an empty turn is none: no row of the training data has one
             self.messages = [*plan.messages, Message("assistant", text)]
         return self.last
+
+    def explain(self, num_others: int) -> list[Choice]:
+        """Return how probable each token of the last reply was, and what else it might have been.
+
+        Args:
+            num_others: the likeliest other tokens that are named beside each.
+        """
+        if self.last is None:
+            return []
+        return rank_ids(
+            self.model, self.last.prompt, self.last.ids, banned_ids=self.banned_ids, num_others=num_others
+        )
+
+
+def _count_evicted(sizes: list[int], room: int) -> int:
+    """Return how many of the oldest turns must go so that the others fit into `room` tokens."""
+    evicted, total = 0, sum(sizes)
+    while total > max(room, 0):
+        total -= sizes[evicted]
+        evicted += 1
+    return evicted
 
 
 def _check_message(text: str, where: str) -> None:
@@ -239,6 +305,38 @@ def ask_many(sessions: Sequence[ChatSession], texts: Sequence[str], *, batch_siz
     ]
 
 
+def ask_each(
+    session: ChatSession, texts: Iterable[str], *, batch_size: int = 64
+) -> Iterator[tuple[str, Reply | BadData]]:
+    """Ask each text in a conversation of its own; `batch_size` of them are decoded together.
+
+    Args:
+        session: lends its model, system message and sampling, and stays as it is.
+
+    Yields:
+        `(text, reply)` in order; why a text cannot be asked stands in the reply's place.
+    """
+    waiting = iter(texts)
+    while batch := list(islice(waiting, batch_size)):
+        answers = [_open_own(session, text) for text in batch]
+        asked = [place for place, answer in enumerate(answers) if isinstance(answer, ChatSession)]
+        replies = ask_many([answers[place] for place in asked], [batch[place] for place in asked])
+        for place, reply in zip(asked, replies, strict=True):
+            answers[place] = reply
+        yield from zip(batch, answers, strict=True)
+
+
+def _open_own(session: ChatSession, text: str) -> ChatSession | BadData:
+    """Return a session without turns that can be asked the text, or why it cannot."""
+    own = ChatSession(session.model, session.tokenizer, context=session.context, sampling=session.sampling)
+    own.messages = session.messages[: session._count_system()]
+    try:
+        own._plan(text)
+    except BadData as error:
+        return error
+    return own
+
+
 def load_session(
     model_dir: str | Path,
     *,
@@ -259,7 +357,21 @@ def load_session(
         Damaged: when what is there is not whole.
         Mismatch: when tokenizer and weights do not belong together.
     """
-    folder = find_checkpoint(Path(model_dir))
+    while True:
+        there = list_checkpoints(Path(model_dir))
+        try:
+            session = _load_session(find_checkpoint(Path(model_dir)), device)
+        except (Damaged, MissingInput, OSError):
+            # A training that goes on may prune the checkpoint that is being read; then there is a newer.
+            if list_checkpoints(Path(model_dir)) == there:
+                raise
+        else:
+            session.sampling = sampling
+            session.set_system(system)
+            return session
+
+
+def _load_session(folder: Path, device: str | torch.device) -> ChatSession:
     tokenizer = load_tokenizer(folder)
     model = load_model(folder)
     if len(tokenizer) > model.config.vocab_size:
@@ -269,6 +381,44 @@ def load_session(
         )
     manifest = read_manifest(folder)
     context = manifest.get("longest_row") or model.config.n_positions
-    session = ChatSession(model.to(device), tokenizer, context=context, system=system, sampling=sampling)
+    session = ChatSession(model.to(device), tokenizer, context=context)
     session.folder, session.manifest = folder, manifest
     return session
+
+
+class Follower:
+    """Moves a conversation to each new complete checkpoint of a run that is still training.
+
+    Args:
+        run_dir: the run.
+        load: opens a session on the newest checkpoint of it, as `load_session` does.
+    """
+
+    def __init__(self, run_dir: Path, load: Callable[[], ChatSession]):
+        self.run_dir = run_dir
+        self.load = load
+        self.tried = 0
+
+    def find_newest(self) -> int:
+        """Return the step of the newest complete checkpoint, 0 when there is none."""
+        return max((int(path.name.rpartition("-")[2]) for path in list_checkpoints(self.run_dir)), default=0)
+
+    def has_newer(self, session: ChatSession) -> bool:
+        """Tell whether there is a checkpoint beyond the session's step that was not tried yet."""
+        return self.find_newest() > max(self.tried, session.manifest.get("step", 0))
+
+    def move(self, session: ChatSession) -> ChatSession:
+        """Return `session`, or one of a newer step with its conversation and sampling.
+
+        Raises:
+            Damaged, MissingInput, Mismatch: when a new checkpoint cannot be loaded; it is not tried again.
+        """
+        if not self.has_newer(session):
+            return session
+        self.tried = self.find_newest()
+        newer = self.load()
+        if newer.manifest.get("step", 0) <= session.manifest.get("step", 0):
+            return session  # the newest is damaged, and what was loaded in its place is known
+        newer.sampling = session.sampling
+        newer.restore(session.messages)
+        return newer

@@ -24,6 +24,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 
+# For readers that know no `generation` block; what it renders is the same.
+PLAIN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
 
 def encode_chat(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Encode a whole conversation, with a mask of the tokens that the model learns to say.

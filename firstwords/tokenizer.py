@@ -103,6 +103,11 @@ class Tokenizer:
         parts = (names.get(i) or self.token_bytes(i) for i in map(int, ids))
         return b"".join(parts).decode("utf-8", errors="replace")
 
+    def spell(self) -> tuple[list[str], list[tuple[str, str]]]:
+        """Return tokens and merges of a BPE, in order, as GPT-2's files spell them: a byte a character."""
+        merges = [(_printable(left), _printable(right)) for left, right in _find_merges(self.vocabulary)]
+        return [_printable(token) for token in self.vocabulary], merges
+
     @cached_property
     def _encode(self) -> Callable[[str], list[int]]:
         return self._encode_characters() if self.kind == CHARACTERS else self._encode_bpe()
@@ -163,8 +168,8 @@ class Tokenizer:
             backend.pre_tokenizer = pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
             backend.decoder = decoders.Fuse()
         else:
-            vocab = {_printable(token): i for i, token in enumerate(self.vocabulary)}
-            merges = [tuple(map(_printable, pair)) for pair in _find_merges(self.vocabulary)]
+            tokens, merges = self.spell()
+            vocab = {token: i for i, token in enumerate(tokens)}
             backend = tokenizers.Tokenizer(models.BPE(vocab, merges))
             backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
             backend.decoder = decoders.ByteLevel()

@@ -1,25 +1,21 @@
 """The script: one-shot, pipe and terminal; what it prints where, and how it ends."""
 
-import fcntl
 import io
-import os
-import pty
-import select
-import signal
+import json
+import shutil
 import subprocess
 import sys
-import termios
-import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from test_repl import Scripted
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import inference
 from firstwords.checkpoint import write_manifest
-from firstwords.errors import BadData, BadFlag, Damaged, MissingInput
+from firstwords.errors import BadData, BadFlag, Damaged, IOFailed, MissingInput
+from firstwords.generate import Sampling
 from firstwords.schema import mask_control
 from firstwords.session import load_session
 from firstwords.template import CHAT_TEMPLATE
@@ -28,112 +24,34 @@ from firstwords.tokenizer import BYTE_LEVEL, Tokenizer
 ROOT = Path(inference.__file__).parent
 
 
-class StubSession:
-    """Says what it was told to, in pieces; `evicted` as listed."""
-
-    context = 100
-
-    def __init__(self, *replies, evicted=()):
-        self.replies, self.evictions = iter(replies), iter(evicted)
-        self.asked, self.resets, self.systems, self.last = [], 0, [], None
-
-    def stream(self, text):
-        if text == "too long":
-            raise BadData("message: is too long; shorten it")
-        self.asked.append(text)
-        return self._stream()
-
-    def _stream(self):
-        yield from next(self.replies)
-        self.last = SimpleNamespace(ids=[1, 2], stopped=True, evicted=next(self.evictions, 0))
-
-    def reset(self):
-        self.resets += 1
-
-    def set_system(self, text):
-        self.systems.append(text)
-
-
 def pipe_in(monkeypatch, data: bytes):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="utf-8"))
 
 
+def run_lines(session):
+    inference.run_lines(inference.build_chat(session, None))
+
+
 def test_lines_of_a_pipe_are_answered_to_its_end(monkeypatch, capsys):
-    session = StubSession(["one", " and"], ["two"])
+    session = Scripted("one and", "two")
     pipe_in(monkeypatch, b"first?\n\n   \n  second?  ")
-    inference.run_lines(inference.Chat(session))
+    run_lines(session)
     assert session.asked == ["first?", "second?"]
-    assert capsys.readouterr().out == "one and\ntwo\n"
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("one and\ntwo\n", "")
 
 
 def test_a_refused_line_is_told_and_the_others_are_answered(monkeypatch, capsys):
-    session = StubSession(["ok"])
-    pipe_in(monkeypatch, b"too long\nfine\n")
-    with pytest.raises(BadData, match="not answered: 1"):
-        inference.run_lines(inference.Chat(session))
+    session = Scripted("ok")
+    pipe_in(monkeypatch, b"half \xff\nfine\n/temp warm\n/temp 1\n/quit\nnever\n")
+    with pytest.raises(BadData, match="^stdin: lines that were not answered: 2; "):
+        run_lines(session)
     printed = capsys.readouterr()
     assert printed.out == "ok\n"
-    assert printed.err == "error: message: is too long; shorten it\n"
-
-
-def test_commands(monkeypatch, capsys):
-    session = StubSession(["path"], ["never"])
-    lines = "/help\n/reset\n/system  Be brief. \n/system\n/rest\n/etc/passwd what?\n/quit\nHi\n"
-    pipe_in(monkeypatch, lines.encode())
-    inference.run_lines(inference.Chat(session))
-    assert session.asked == ["/etc/passwd what?"], "a path is no command, and /quit ends"
-    assert session.resets == 1
-    assert session.systems == ["Be brief.", None]
-    printed = capsys.readouterr()
-    assert printed.out == "path\n"
-    assert inference.HELP in printed.err
-    assert "/rest: unknown command; did you mean '/reset'?" in printed.err
-
-
-def test_control_characters_of_the_model_do_not_reach_the_terminal(capsys):
-    everything = "".join(map(chr, range(256)))
-    inference.Chat(StubSession(["\x1b[31mred\x9b0m\x07", everything])).answer("Hi")
-    out = capsys.readouterr().out
-    harmless = {*"\t\n", *map(chr, range(32, 127)), *map(chr, range(160, 256))}
-    visible = "".join(c if c in harmless else "\ufffd" for c in everything)
-    assert out == f"\ufffd[31mred\ufffd0m\ufffd{visible}\n"
-
-
-def test_ctrl_c_while_printing_closes_the_stream_at_once(monkeypatch):
-    closed = []
-
-    class Endless(StubSession):
-        def _stream(self):
-            try:
-                while True:
-                    yield "word"
-            except GeneratorExit:
-                closed.append(True)
-                raise
-
-    class Interrupting(io.StringIO):
-        def write(self, text):
-            if self.tell() > 20 and not closed:
-                raise KeyboardInterrupt
-            return super().write(text)
-
-    monkeypatch.setattr(sys, "stdout", Interrupting())
-    with pytest.raises(KeyboardInterrupt) as caught:  # its traceback keeps the stream alive
-        inference.Chat(Endless()).answer("Hi")
-    assert closed, "the session must record the turn before the next prompt"
-    assert caught.tb
-
-
-def test_eviction_is_told_once_a_conversation(capsys):
-    chat = inference.Chat(StubSession(*["x"] * 6, evicted=[0, 1, 2, 1, 0, 1]))
-    told = []
-    for turn in range(6):
-        if turn == 4:
-            chat.take("/reset")
-        capsys.readouterr()
-        chat.answer("?")
-        told.append("oldest turns are dropped" in capsys.readouterr().err)
-    assert told == [False, True, False, False, False, True]
+    refused, number, temperature = printed.err.splitlines()
+    assert refused.startswith("error: message: cannot be encoded")
+    assert number == "error: /temp: is 'warm'; give a number from 0 on"
+    assert temperature == "(temperature 1)", "no colour in a pipe"
 
 
 @pytest.fixture(scope="module")
@@ -183,8 +101,75 @@ def test_prompts_continue_one_conversation(model_dir, capsys):
 
 def test_one_shot_refuses_at_once(model_dir):
     flags = ["--model_dir", str(model_dir), "--prompt", "x" * 200, "--prompt", "Hi"]
-    with pytest.raises(BadData, match="is 200 tokens long, and at most 72 fit"):
+    with pytest.raises(BadData, match="is 200 tokens long, and at most 72 tokens fit"):
         inference.main(flags)
+
+
+def test_json_is_an_object_a_line(model_dir, capsys, monkeypatch):
+    flags = ["--model_dir", str(model_dir), "--device=cpu", "--max_new_tokens=8", "--json"]
+    pipe_in(monkeypatch, "日本\n\n/help\n\n".encode() + b"\xff\n" + b"x" * 200 + b"\n")
+    with pytest.raises(BadData, match="not answered: 2"):
+        inference.main(flags)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    session = load_session(model_dir, sampling=Sampling(max_new_tokens=8))
+    replies = [session.ask(text) for text in ("日本", "/help")]
+    assert rows[0] == {
+        "prompt": "日本",
+        "reply": replies[0],
+        "stopped": False,
+        "tokens": 8,
+        "prompt_tokens": 9,
+        "evicted": 0,
+    }
+    assert (rows[1]["prompt"], rows[1]["reply"]) == ("/help", replies[1]), "no line is a command"
+    assert rows[1]["prompt_tokens"] == 9 + len(session.tokenizer.encode(replies[0])) + 1 + 8
+    assert rows[2] == {"prompt": "\udcff", "error": rows[2]["error"]}
+    assert "cannot be encoded" in rows[2]["error"]
+    assert "is 200 tokens long" in rows[3]["error"]
+
+
+def test_json_lines_are_ascii(model_dir, capsys):
+    inference.main(["--model_dir", str(model_dir), "--json", "--prompt=\x9b31m 日", "--max_new_tokens=4"])
+    line = capsys.readouterr().out
+    assert line.isascii()
+    assert json.loads(line)["prompt"] == "\x9b31m 日"
+
+
+def test_prompt_file_asks_each_line_for_itself(model_dir, capsys, tmp_path, monkeypatch):
+    flags = ["--model_dir", str(model_dir), "--device=cpu", "--max_new_tokens=8", "--system=S"]
+    path = tmp_path / "questions.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\ntwo\none\n/help\n" + b"x" * 200 + b"\nthree")
+    with pytest.raises(BadData, match="questions.txt: lines that were not answered: 1"):
+        inference.main([*flags, "--prompt_file", str(path)])
+    expected = []
+    for text in ("one", "two", "one", "/help", "three"):
+        session = load_session(model_dir, system="S", sampling=Sampling(max_new_tokens=8))
+        expected.append(mask_control(session.ask(text)))
+    printed = capsys.readouterr()
+    assert printed.out == "".join(f"{reply}\n" for reply in expected)
+    assert "is 200 tokens long" in printed.err
+    pipe_in(monkeypatch, b"two\n")
+    inference.main([*flags, "--prompt_file=-", "--json"])
+    assert mask_control(json.loads(capsys.readouterr().out)["reply"]) == expected[1]
+
+
+def test_follow_moves_between_two_prompts(model_dir, capsys, monkeypatch, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(model_dir, run)
+
+    class Growing(io.BytesIO):
+        """Gives a line; before the second one the run has trained on."""
+
+        def read1(self, size=-1):
+            if self.tell() == len(b"one\n"):
+                shutil.copytree(run / "checkpoint-20", run / ".staging-x")
+                write_manifest(run / ".staging-x", {"step": 40, "longest_row": 100})
+                (run / ".staging-x").rename(run / "checkpoint-40")
+            return self.readline()
+
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(Growing(b"one\ntwo\n"), encoding="utf-8"))
+    inference.main(["--model_dir", str(run), "--device=cpu", "--max_new_tokens=4", "--follow"])
+    assert "(now step 40)" in capsys.readouterr().err
 
 
 def test_device_auto_says_what_it_took(monkeypatch):
@@ -208,6 +193,12 @@ def test_bad_input(model_dir, tmp_path):
     refuse(BadFlag, "did you mean '--temperature'", "--model_dir=x", "--temprature=1")
     refuse(BadFlag, "--temperature: is -1.0", f"--model_dir={model_dir}", "--temperature=-1")
     refuse(BadFlag, "--device", "--model_dir=x", "--device=tpu")
+    refuse(BadFlag, "--prompt_file: stands beside --prompt", "--model_dir=x", "--prompt_file=x")
+    refuse(BadFlag, "--follow: is for a chat", "--model_dir=x", "--follow")
+    for flag in ("top_p=0", "top_p=1.5", "top_k=-1", "min_p=2", "repetition_penalty=0", "max_new_tokens=0"):
+        refuse(BadFlag, f"--{flag.partition('=')[0]}: is ", f"--model_dir={model_dir}", f"--{flag}")
+    for flag in ("temperature=nan", "temperature=inf", "temperature=warm", "seed=x", "top_k=1.5"):
+        refuse(BadFlag, f"--{flag.partition('=')[0]}: ", f"--model_dir={model_dir}", f"--{flag}")
     refuse(BadFlag, "model_dir")
     damaged = tmp_path / "run" / "checkpoint-7"
     damaged.mkdir(parents=True)
@@ -215,6 +206,20 @@ def test_bad_input(model_dir, tmp_path):
     write_manifest(damaged, {"step": 7})
     (damaged / "config.json").write_text("{ }")
     refuse(Damaged, "config.json", f"--model_dir={damaged.parent}")
+
+
+def test_prompt_file_that_is_not_there(model_dir, tmp_path):
+    (tmp_path / "questions.txt").touch()
+    flags = ["--device=cpu", f"--model_dir={model_dir}"]
+    with pytest.raises(MissingInput, match="did you mean 'questions.txt'"):
+        inference.main([*flags, f"--prompt_file={tmp_path / 'question.txt'}"])
+    with pytest.raises(IOFailed, match="cannot be read"):
+        inference.main([*flags, f"--prompt_file={tmp_path}"])
+
+
+def test_follow_needs_a_run(model_dir):
+    with pytest.raises(BadFlag, match="holds no checkpoints; name a run"):
+        inference.main(["--device=cpu", f"--model_dir={model_dir / 'checkpoint-20'}", "--follow"])
 
 
 def run_script(code, *options, **kwargs):
@@ -229,116 +234,3 @@ def test_help_answers_without_torch():
     done = run_script(code)
     assert done.returncode == 0, done.stderr
     assert "--temperature" in done.stdout
-
-
-# The terminal: the script's own loop on a pseudo terminal, with a session that talks for a minute.
-TALKER = """
-import sys, time
-from types import SimpleNamespace
-import inference
-from firstwords.args import run_main
-
-class Talker:
-    context, last = 100, SimpleNamespace(ids=[], stopped=True, evicted=0)
-    def stream(self, text):
-        if text != "long":
-            yield f"<{text}>"
-            return
-        for number in range(6000):
-            yield f"word{number} "
-            time.sleep(0.01)
-
-run_main(lambda argv: inference.run_repl(inference.Chat(Talker())))
-"""
-PROMPT_READY = b"\x1b[?2004h"  # prompt_toolkit turns bracketed paste on when it begins to read
-
-
-def take_terminal():
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
-
-
-class Terminal:
-    """A program on a pseudo terminal of its own, so that 0x03 typed there is a real Ctrl-C."""
-
-    def __init__(self):
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", TALKER],
-            cwd=ROOT,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"},
-            start_new_session=True,
-            preexec_fn=take_terminal,
-        )
-        os.close(slave)
-        self.seen = b""
-
-    def type(self, text):
-        os.write(self.master, text.encode())
-
-    def wait_for(self, mark, seconds=20.0):
-        """Read up to and including `mark`; return what came before, and the seconds it took."""
-        start = time.monotonic()
-        while mark not in self.seen:
-            left = start + seconds - time.monotonic()
-            assert left > 0, f"no {mark!r} in {self.seen[-300:]!r}"
-            if select.select([self.master], [], [], left)[0]:
-                self.seen += os.read(self.master, 65536)
-        before, _, self.seen = self.seen.partition(mark)
-        return before, time.monotonic() - start
-
-    def end(self):
-        """Return the exit code of a program that ends by itself."""
-        deadline = time.monotonic() + 20
-        while self.process.poll() is None and time.monotonic() < deadline:
-            if select.select([self.master], [], [], 0.05)[0]:
-                try:
-                    self.seen += os.read(self.master, 65536)
-                except OSError:  # the other side is closed
-                    break
-        return self.process.wait(5)
-
-
-@pytest.fixture
-def terminal():
-    opened = Terminal()
-    yield opened
-    if opened.process.poll() is None:
-        opened.process.send_signal(signal.SIGKILL)
-        opened.process.wait()
-    os.close(opened.master)
-
-
-def test_ctrl_c_stops_the_reply_and_not_the_program(terminal):
-    terminal.wait_for(PROMPT_READY)
-    for _ in range(3):
-        terminal.type("long\r")
-        terminal.wait_for(b"word20 ")
-        terminal.type("\x03")
-        before, seconds = terminal.wait_for(PROMPT_READY)
-        assert b"(stopped)" in before
-        assert seconds < 5, "the reply alone would go on for a minute"
-    terminal.type("still here\r")
-    terminal.wait_for(b"<still here>")
-    terminal.wait_for(PROMPT_READY)
-    terminal.type("\x04")
-    assert terminal.end() == 0
-
-
-def test_ctrl_c_at_the_prompt_clears_the_line_and_twice_leaves(terminal):
-    terminal.wait_for(PROMPT_READY)
-    for text in ("abc", "def"):
-        terminal.type(text)
-        terminal.wait_for(text.encode())
-        terminal.type("\x03")
-        terminal.wait_for(PROMPT_READY)
-    terminal.type("x\r")
-    terminal.wait_for(b"<x>")
-    terminal.wait_for(PROMPT_READY)
-    terminal.type("\x03")
-    terminal.wait_for(PROMPT_READY)
-    terminal.type("\x03")
-    assert terminal.end() == 130

@@ -6,14 +6,16 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from firstwords import checkpoint as checkpoint_module
 from firstwords import session as session_module
+from firstwords.atomic import remove_folder
 from firstwords.checkpoint import write_manifest
 from firstwords.errors import BadData, Damaged, Diverged, Mismatch, MissingInput
 from firstwords.generate import Sampling
 from firstwords.schema import Message
-from firstwords.session import ChatSession, ask_many, load_session
+from firstwords.session import ChatSession, Follower, ask_each, ask_many, load_session
 from firstwords.template import CHAT_TEMPLATE, encode_prompt
-from firstwords.tokenizer import BYTE_LEVEL, CONTROL_TOKENS, Tokenizer, train_bpe
+from firstwords.tokenizer import BYTE_LEVEL, CONTROL_TOKENS, Tokenizer, load_tokenizer, train_bpe
 
 BYTES = Tokenizer(BYTE_LEVEL, [bytes([value]) for value in range(256)])
 NAN = "NaN"
@@ -213,25 +215,23 @@ def test_text_that_looks_like_control_tokens_stays_text():
 def test_fifty_turns_stay_within_the_context_and_evict_whole_turns():
     replies = [say(f"reply {turn}") for turn in range(50)]
     session = chat(*replies, context=120, system="S")
-    evicted = 0
     for turn in range(50):
         before = session.messages
         session.ask(f"question {turn}")
         prompt = session.model.prompts[-1]
         assert len(prompt) + session.reserve <= session.context
         assert prompt[:3] == [BYTES.role_id("system"), ord("S"), BYTES.end_id]
-        roles = [message.role for message in session.messages]
-        assert roles == ["system", *["user", "assistant"] * (len(roles) // 2)]
-        evicted += session.last.evicted
-        kept = 1 + 2 * session.last.evicted
-        assert session.messages[1:-2] == before[kept:], "the oldest go, the others stay in order"
-        assert len(session.messages) == 1 + 2 * (turn + 1 - evicted)
-    assert evicted > 40
+        asked = Message("user", f"question {turn}")
+        in_view = [before[0], *before[1 + 2 * session.last.evicted :], asked]
+        assert prompt == encode_prompt(in_view, BYTES), "the oldest go, the others stay in order"
+        assert session.messages == [*before, asked, Message("assistant", f"reply {turn}")]
+        assert session.used <= session.context - session.reserve
+    assert session.last.evicted > 40
 
 
 def test_no_turn_is_dropped_before_it_must():
     # A turn has 2 * 3 ids, so the prompts have 4, 10 and 16; 5 more are kept for the reply.
-    for context, expected in ((21, [0, 0, 0]), (20, [0, 0, 1]), (15, [0, 0, 1]), (14, [0, 1, 1])):
+    for context, expected in ((21, [0, 0, 0]), (20, [0, 0, 1]), (15, [0, 0, 1]), (14, [0, 1, 2])):
         session = chat(*[say("r")] * 3, context=context, sampling=Sampling(max_new_tokens=5))
         evicted = []
         for _ in range(3):
@@ -252,7 +252,7 @@ def test_a_turn_too_long_says_how_long_and_changes_nothing():
     session.ask("first")
     before = session.messages
     # 100 - 25 for the reply - 3 for the system message - 2 around the text - <|assistant|> = 69
-    with pytest.raises(BadData, match="is 70 tokens long, and at most 69 fit"):
+    with pytest.raises(BadData, match="is 70 tokens long, and at most 69 tokens fit"):
         session.stream("x" * 70)
     assert session.messages is before
     assert session.ask("x" * 69) == "ok"
@@ -266,6 +266,34 @@ def test_a_system_message_too_long_is_refused():
     with pytest.raises(BadData, match="system message"):
         session.set_system("x" * 30)
     assert session.messages == [Message("system", "short")]
+
+
+def test_a_hundred_megabytes_are_refused_without_being_encoded(monkeypatch):
+    session = chat(say("never"))
+    text = "x" * 100_000_000
+    monkeypatch.setattr(BYTES, "encode", lambda given: [0] * len(given[:10_000]))
+    with pytest.raises(BadData, match="is 100,000,000 characters long, and at most 3069 tokens fit"):
+        session.stream(text)
+    assert session.messages == []
+
+
+def test_undo_and_restore():
+    session = chat(say("a"), say("b"), system="Be brief.", context=60)
+    session.ask("x")
+    before = session.messages
+    session.ask("y" * 30)
+    assert session.last.evicted == 1
+    assert session.undo() == "y" * 30
+    assert session.messages == before
+    assert session.last is None
+    assert session.undo() == "x"
+    assert session.undo() is None
+    assert session.messages == [Message("system", "Be brief.")]
+    session.restore(before[1:])
+    assert session.messages == before[1:]
+    with pytest.raises(BadData, match="system message"):
+        session.restore([Message("system", "x" * 60), *before[1:]])
+    assert session.messages == before[1:]
 
 
 @pytest.mark.parametrize("text", ["", " \n", "nul \0", "half \ud800"])
@@ -410,3 +438,99 @@ def test_load_session_refuses_what_is_not_there_or_does_not_fit(tmp_path):
     write_manifest(tmp_path / "model", {"step": 1})
     with pytest.raises(Mismatch, match="384 ids, its tokenizer with control tokens 400"):
         load_session(tmp_path / "model")
+
+
+def test_ask_each_begins_anew_with_every_text_and_goes_on_after_a_refused_one():
+    model = build_model(n_layer=1)
+    session = ChatSession(model, BYTES, context=80, system="s")
+    session.ask("before")
+    texts = ["one", "", "two?", "x" * 90, "three", "one"]
+    answers = list(ask_each(session, iter(texts), batch_size=4))
+    assert [text for text, _ in answers] == texts
+    for text, answer in answers:
+        if text in ("", "x" * 90):
+            assert isinstance(answer, BadData)
+        else:
+            own = ChatSession(model, BYTES, context=80, system="s")
+            own.ask(text)
+            assert answer == own.last
+    assert [message.content for message in session.messages][:2] == ["s", "before"]
+
+
+def test_explain_gives_each_token_of_the_reply_with_others():
+    model = build_model()
+    session = ChatSession(model, BYTES, context=100, sampling=Sampling(max_new_tokens=6))
+    assert session.explain(2) == []
+    session.ask("Hi")
+    choices = session.explain(2)
+    assert [choice.token_id for choice in choices] == session.last.ids
+    for place, choice in enumerate(choices):
+        read = torch.tensor([[*session.last.prompt, *session.last.ids[:place]]])
+        logits = model(read).logits[0, -1]
+        logits[sorted(session.banned_ids)] = -torch.inf
+        expected = logits.softmax(-1)
+        assert choice.probability == pytest.approx(expected[choice.token_id].item(), abs=1e-5)
+        second, third = expected.topk(3).indices[1:].tolist()
+        assert [token_id for token_id, _ in choice.others] == [second, third], "greedy: it was the first"
+        assert not {token_id for token_id, _ in choice.others} & session.banned_ids
+
+
+def test_a_followed_run_is_gone_over_to_with_its_conversation(tmp_path):
+    run = tmp_path / "run"
+    save_model(run / "checkpoint-9", step=9, longest_row=50)
+    follower = Follower(run, lambda: load_session(run))
+    session = load_session(run, system="S")
+    session.ask("Hi")
+    session.sampling = Sampling(temperature=0.5)
+    assert follower.move(session) is session
+    save_model(run / ".staging-1-checkpoint-10", step=10)
+    assert not follower.has_newer(session), "what is being written is not there"
+    save_model(run / "checkpoint-20", step=20, longest_row=64)
+    assert follower.has_newer(session)
+    newer = follower.move(session)
+    assert (newer.manifest["step"], newer.context) == (20, 64)
+    assert newer.messages == session.messages
+    assert newer.sampling == session.sampling
+    assert follower.move(newer) is newer
+
+
+def test_a_damaged_newer_checkpoint_is_tried_once(tmp_path):
+    run = tmp_path / "run"
+    save_model(run / "checkpoint-9", step=9)
+    session = load_session(run)
+    save_model(run / "checkpoint-20", step=20)
+    (run / "checkpoint-20" / "config.json").write_text("{}")
+    loads = []
+    follower = Follower(run, lambda: loads.append(1) or load_session(run))
+    assert follower.move(session) is session
+    assert follower.move(session) is session
+    assert len(loads) == 1
+
+
+@pytest.mark.parametrize("moment", ["before it is verified", "before its weights are read"])
+def test_a_checkpoint_that_is_pruned_while_it_is_loaded_gives_way_to_the_newer(tmp_path, monkeypatch, moment):
+    run = tmp_path / "run"
+    save_model(run / "checkpoint-9", step=9)
+    verify, load = checkpoint_module.verify, session_module.load_tokenizer
+
+    def train_on(folder):
+        if folder.name == "checkpoint-9":
+            save_model(run / "checkpoint-20", step=20)
+            remove_folder(folder)
+
+    if moment == "before it is verified":
+        monkeypatch.setattr(checkpoint_module, "verify", lambda folder: (train_on(folder), verify(folder)))
+    else:
+        late = lambda folder: (train_on(folder), load(folder))[1]  # noqa: E731
+        monkeypatch.setattr(session_module, "load_tokenizer", late)
+    assert load_session(run).manifest["step"] == 20
+
+
+def test_a_run_that_is_removed_while_it_is_loaded_is_missing(tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    save_model(run / "checkpoint-9", step=9)
+    monkeypatch.setattr(
+        session_module, "load_tokenizer", lambda folder: remove_folder(run) or load_tokenizer(folder)
+    )
+    with pytest.raises(MissingInput, match="is no folder"):
+        load_session(run)
