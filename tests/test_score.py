@@ -19,7 +19,7 @@ def model(tmp_path_factory):
 
 
 def build_answer(kind, expected, text, *, stopped=True, drawn=True, subject="x"):
-    return Answer(kind, subject, "?", expected, Reply(text, [], stopped, 0), drawn)
+    return Answer(kind, subject, "?", expected, Reply(text, [], [], stopped, 0), drawn)
 
 
 def test_marks_of_hand_made_answers():
@@ -95,7 +95,7 @@ def oracle(few, monkeypatch):
         after = {(item.first_prompt, item.prompt): item.answer for item in few.follow_ups}
         answer = after[asked[-1], text] if asked else known[text]
         session.messages += [Message("user", text), Message("assistant", answer)]
-        return Reply(answer, [], True, 0)
+        return Reply(answer, [], [], True, 0)
 
     def ask(sessions, texts):
         assert len({id(session) for session in sessions}) == len(texts)
