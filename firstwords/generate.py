@@ -11,7 +11,7 @@ or so may change places).
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -172,36 +172,79 @@ def stream_batch(
     decoder = Decoder(model)
     stop_ids = set(stop_ids)
     banned = torch.tensor(sorted(banned_ids), dtype=torch.long, device=model.device)
-    rooms = [
-        _find_room(model, prompt, sampling, limit)
+    streams = [
+        Stream(model, prompt, sampling, limit)
         for prompt, limit in zip(prompts, limits or [None] * len(prompts), strict=True)
     ]
-    replies: list[list[int]] = [[] for _ in prompts]
-    generators = [random.Random(sampling.seed) for _ in prompts]
-    rows = [row for row, room in enumerate(rooms) if room > 0]
+    rows = [row for row, stream in enumerate(streams) if stream.room > 0]
     if not rows:
         return
     logits = decoder.join([prompts[row] for row in rows])
     while True:
-        logits.index_fill_(1, banned, -math.inf)
-        _penalise(logits, [replies[row] for row in rows], sampling.repetition_penalty)
-        _check_finite(logits)
-        draws = [generators[row].random() for row in rows]
-        picked = sample(logits, sampling, draws).tolist()
-        for row, token_id in zip(rows, picked, strict=True):
-            replies[row].append(token_id)
+        picked = draw(logits, [streams[row] for row in rows], banned)
         yield list(zip(rows, picked, strict=True))
-        kept = [
-            place
-            for place, row in enumerate(rows)
-            if picked[place] not in stop_ids and len(replies[row]) < rooms[row]
-        ]
+        kept = [place for place, row in enumerate(rows) if not streams[row].ends(stop_ids)]
         if not kept:
             return
-        order = _fill_gaps(kept)
+        order = fill_gaps(kept)
         rows = [rows[place] for place in order]
         decoder.keep(order)
         logits = decoder.step([picked[place] for place in order])
+
+
+class Stream:
+    """One reply on its way: what it may still become, and what it is so far.
+
+    Args:
+        model, prompt, sampling, limit: as in `stream_batch`, for this stream.
+
+    Attributes:
+        reply: the ids that were drawn.
+        room: the most ids that the reply may have.
+
+    Raises:
+        BadData: when the prompt is longer than `n_positions`.
+    """
+
+    def __init__(
+        self, model: GPT2LMHeadModel, prompt: list[int], sampling: Sampling, limit: int | None = None
+    ):
+        self.prompt = prompt
+        self.room = _find_room(model, prompt, sampling, limit)
+        self.reply: list[int] = []
+        self.chance = random.Random(sampling.seed)
+        # What is left of the sampling decides which streams are drawn together.
+        self.sampling = replace(sampling, seed=None, max_new_tokens=None)
+
+    def ends(self, stop_ids: set[int]) -> bool:
+        """Tell whether the newest id is the last one."""
+        return self.reply[-1] in stop_ids or len(self.reply) >= self.room
+
+
+@torch.inference_mode()
+def draw(logits: Tensor, streams: Sequence[Stream], banned: Tensor) -> list[int]:
+    """Draw the next id of each stream, as its own `Sampling` says, and put it behind its reply.
+
+    Args:
+        logits: (B, V) float32, as `Decoder` gives them; overwritten.
+        streams: B, in the order of the rows.
+        banned: ids that are never drawn.
+
+    Raises:
+        Diverged: when logits are NaN or infinite; nothing is drawn.
+    """
+    logits.index_fill_(1, banned, -math.inf)
+    _check_finite(logits)
+    alike: dict[Sampling, list[int]] = {}
+    for row, stream in enumerate(streams):
+        alike.setdefault(stream.sampling, []).append(row)
+    for sampling, rows in alike.items():
+        part = logits if len(rows) == len(streams) else logits[rows]
+        _penalise(part, [streams[row].reply for row in rows], sampling.repetition_penalty)
+        picked = sample(part, sampling, [streams[row].chance.random() for row in rows])
+        for row, token_id in zip(rows, picked.tolist(), strict=True):
+            streams[row].reply.append(token_id)
+    return [stream.reply[-1] for stream in streams]
 
 
 @torch.inference_mode()
@@ -251,7 +294,7 @@ def _find_room(model: GPT2LMHeadModel, prompt: list[int], sampling: Sampling, li
     return min(number for number in limits if number is not None)
 
 
-def _fill_gaps(kept: list[int]) -> list[int]:
+def fill_gaps(kept: list[int]) -> list[int]:
     """Arrange the places `kept` so that few streams move: [0, 2, 3, 5] -> [0, 5, 2, 3]."""
     movers = [place for place in kept if place >= len(kept)]
     stayers = set(kept)

@@ -12,6 +12,8 @@ from firstwords.errors import BadData, BadFlag, Diverged
 from firstwords.generate import (
     Decoder,
     Sampling,
+    Stream,
+    draw,
     filter_logits,
     generate_batch,
     sample,
@@ -370,3 +372,21 @@ def test_repetition_penalty_by_hand():
 def test_bad_sampling_is_a_bad_flag(name, value):
     with pytest.raises(BadFlag, match=f"--{name}: is {value}"):
         Sampling(**{name: value})
+
+
+def test_streams_that_are_drawn_differently_share_a_batch():
+    model, prompt, nothing = build_model(), [1, 2, 3], torch.tensor([], dtype=torch.long)
+    ways = [
+        Sampling(seed=1),
+        Sampling(temperature=1.5, seed=1),
+        Sampling(temperature=1.5, seed=2),
+        Sampling(repetition_penalty=3.0),
+        Sampling(temperature=2.0, top_k=5, seed=1),
+    ]
+    alone = [list(stream_ids(model, prompt, stop_ids=(), sampling=way, limit=12)) for way in ways]
+    assert len(set(map(tuple, alone))) == len(ways), "replies that are alike show little"
+    streams, decoder = [Stream(model, prompt, way, 12) for way in ways], Decoder(model)
+    logits = decoder.join([prompt] * len(ways))
+    for _ in range(12):
+        logits = decoder.step(draw(logits, streams, nothing))
+    assert [stream.reply for stream in streams] == alone
