@@ -18,6 +18,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     4  checkpoint   CONTRACT: the checkpoint folder and the run folder
     4  generate     prompt ids -> reply ids
     5  session      ChatSession: text in, text out
+    5  quantize     matrices in fewer bytes, and what that costs
     5  loss         model and rows of tokens -> the loss by tokens
     5  baselines    prepared data -> what counting alone would score
     6  score        questions with known answers -> marks

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import inference
 from firstwords.checkpoint import write_manifest
 from firstwords.errors import BadData, BadFlag, Damaged, IOFailed, MissingInput
 from firstwords.generate import Sampling
+from firstwords.quantize import has_fbgemm
 from firstwords.schema import mask_control
 from firstwords.session import load_session
 from firstwords.template import CHAT_TEMPLATE
@@ -97,6 +99,16 @@ def test_prompts_continue_one_conversation(model_dir, capsys):
     first_line = printed.err.splitlines()[0]
     assert first_line.startswith(f"loaded {model_dir / 'checkpoint-20'}: step 20, ")
     assert first_line.endswith("context 100 tokens, on cpu")
+
+
+def test_a_dtype_says_what_it_costs_or_is_refused(model_dir, capsys, monkeypatch):
+    flags = ["--model_dir", str(model_dir), "--device", "cpu", "--max_new_tokens", "8", "--prompt", "Hi"]
+    if has_fbgemm():
+        inference.main([*flags, "--dtype", "int8"])
+        assert re.search(r"--dtype int8: costs \d\S* nats a token; of \d+ tokens", capsys.readouterr().err)
+    monkeypatch.setattr("firstwords.quantize.has_bf16", lambda device: False)
+    with pytest.raises(BadFlag, match="--dtype bf16"):
+        inference.main([*flags, "--dtype", "bf16"])
 
 
 def test_one_shot_refuses_at_once(model_dir):
