@@ -35,11 +35,14 @@ from firstwords.errors import (
 
 MODELS = Path(__file__).parent / "configs" / "models"
 
+# Asked at each evaluation, and read of stage A's text: about a second each on a GPU.
+HEALTH_PROMPTS, KEPT_TOKENS = 32, 65_536
+
 # Flags that do not change what is computed at a step, so that a resumed run may change them.
 FREE_FLAGS = {
     *("data_dir", "model_dir", "init_model_dir", "recipe", "resume", "allow_change", "debug", "device"),
     *("cfg", "tokenizer", "log_steps", "save_steps", "eval_steps", "save_total_limit"),
-    *("sample_prompts", "epochs", "max_steps"),
+    *("sample_prompts", "epochs", "max_steps", "keep_text", "eval_tasks", "hellaswag_data", "report_to"),
 }
 
 
@@ -242,6 +245,7 @@ def check_parent(folder: Path, model, tokenizer) -> dict:
         "step": manifest["step"],
         "longest_row": manifest["longest_row"],
         "weights": manifest["files"]["model.safetensors"]["sha256"],
+        "data_dir": manifest.get("data_dir"),
     }
 
 
@@ -342,19 +346,90 @@ def compare_runs(flags: TrainFlags, theirs: dict, ours: dict) -> None:
 
 
 def add_callbacks(run, flags: TrainFlags, tokenizer, *, first_step: int):
-    """Attach throughput, log and samples in the order in which they hear of things; return the log."""
-    from firstwords import trainer
+    """Attach all that watches over the run, in the order in which it hears of things; return the log."""
+    from firstwords import monitor, samples, trainer
+    from firstwords.health import read_checks
 
-    prompts = read_prompts(flags)
+    reporters = monitor.parse_report_to(flags.report_to)
+    items = read_eval_items(flags)
+    kept_text, remark = open_kept_text(flags, tokenizer, run.meta.fixed["parent"] or {})
+    prompts, context = read_prompts(flags), run.meta.fixed["longest_row"]
+    asked = flags.data_dir / "val.jsonl"
+    checks = read_checks(asked, HEALTH_PROMPTS) if asked.is_file() else []
+    if not prompts and is_text(flags):
+        prompts = samples.find_beginnings(run.eval_dataset, tokenizer, 3)
     log = trainer.RunLog(flags.model_dir, first_step)
+    config = run.meta.fixed["flags"] | {"data": run.train_dataset.hash}
+    log.writer = monitor.Writers(
+        log.writer, *(monitor.Reporter(name, flags.model_dir, config) for name in reporters)
+    )
     run.add_callback(trainer.PendingLoss(run))
     run.add_callback(trainer.LastStep())
     run.add_callback(trainer.Throughput(run))
+    run.add_callback(monitor.Hardware(run))
     run.add_callback(log)
+    bf16, batch_size = run.args.bf16, run.args.per_device_eval_batch_size
+    if kept_text is not None:
+        run.add_callback(monitor.KeptText(log, tokenizer, kept_text, batch_size=batch_size, bf16=bf16))
+    if items:
+        run.add_callback(monitor.TaskScores(log, tokenizer, items, context=context, bf16=bf16))
+    if checks:
+        run.add_callback(monitor.Health(log, tokenizer, checks, context))
     if prompts:
-        context = run.meta.fixed["longest_row"]
-        run.add_callback(trainer.Samples(prompts, log, tokenizer, context))
+        speak = samples.build_speaker(tokenizer, context=context, chat=not is_text(flags))
+        path = flags.model_dir / "samples.md"
+        run.add_callback(monitor.Samples(log, prompts, speak, path, first_step))
+    if remark:
+        log.say(remark)
     return log
+
+
+def is_text(flags: TrainFlags) -> bool:
+    """Tell whether the data are a token store, which has no turns."""
+    from firstwords import tokenstore
+
+    return tokenstore.is_store(flags.data_dir)
+
+
+def read_eval_items(flags: TrainFlags):
+    """Return the items of HellaSwag that `--eval_tasks` asks for; `[]` without it.
+
+    Raises:
+        BadFlag: for what it cannot mean.
+        MissingInput, BadData: as `tasks.read_hellaswag`.
+    """
+    from firstwords import tasks
+
+    if flags.eval_tasks is None:
+        return []
+    limit = tasks.parse_eval_tasks(flags.eval_tasks)
+    return tasks.read_hellaswag(flags.hellaswag_data or tasks.HELLASWAG, limit)
+
+
+def open_kept_text(flags: TrainFlags, tokenizer, parent: dict):
+    """Return the beginning of stage A's val text as rows, or None and why there is none.
+
+    Raises:
+        MissingInput: when `--keep_text` names no token store.
+        Mismatch: when another tokenizer made it.
+    """
+    from firstwords import tokenstore
+    from firstwords.dataset import TokenWindows
+    from firstwords.tokenizer import load_tokenizer
+
+    folder = flags.keep_text or (parent.get("data_dir") and Path(parent["data_dir"]))
+    if folder is None or is_text(flags) and flags.keep_text is None:
+        return None, None
+    if not folder.is_dir() and flags.keep_text is None:
+        return None, f"stage A's text ({folder}) is not there: what is forgotten is not measured; --keep_text"
+    if not tokenstore.is_store(folder):
+        if flags.keep_text is None:
+            return None, None
+        raise MissingInput(f"--keep_text {folder}: is no token store; name the folder that stage A read")
+    if (folder / "tokenizer.json").is_file() and load_tokenizer(folder).hash != tokenizer.hash:
+        raise Mismatch(f"--keep_text {folder}: made by another tokenizer than the data; leave it out")
+    tokens = tokenstore.open_store(folder, "val").tokens[:KEPT_TOKENS]
+    return TokenWindows(tokens, tokenizer, flags.seq_len), None
 
 
 def read_prompts(flags: TrainFlags) -> list[str]:
@@ -413,6 +488,7 @@ def finish(run, flags: TrainFlags, log, stop) -> None:
 
     step = run.state.global_step
     if step < run.args.max_steps:
+        log.writer.close()
         raise Stopped(
             f"{flags.model_dir}: stopped by {stop.received.name} and saved at step {step} of "
             f"{run.args.max_steps}; the same command goes on"

@@ -23,6 +23,10 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     5  baselines    prepared data -> what counting alone would score
     6  score        questions with known answers -> marks
     6  repl         lines of a chat: questions and commands
+    6  health       fixed prompts -> whether replies end, repeat, keep their role
+    6  samples      a prompt -> what is said; the file in which one watches it learn
+    6  tasks        the tests that papers report -> scores
     7  terminal     the prompt of a chat on a terminal
     7  trainer      the Trainer subclass and its callbacks
+    7  monitor      a run in progress -> rates, samples, health, tests
 """

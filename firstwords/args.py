@@ -158,6 +158,12 @@ class TrainFlags:
     resume: str = _flag("auto", "auto: go on with a used --model_dir; no: refuse one", choices=["auto", "no"])
     allow_change: str = _flag("", "flags that may differ from the run gone on with, comma between")
     sample_prompts: Path = _flag(None, "text file, a prompt a line, answered at each evaluation")
+    keep_text: Path = _flag(
+        None, "stage A's token store, whose loss stage B logs; default: its parent's data"
+    )
+    eval_tasks: str = _flag(None, "asked at each evaluation: hellaswag:200, the number of items")
+    hellaswag_data: str = _flag(None, "its items: .jsonl, .parquet or a folder; default: from the Hub")
+    report_to: str = _flag("", "wandb, trackio, or both with a comma; TensorBoard is always written")
     debug: bool = _flag(False, "show the traceback of an error")
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from textwrap import shorten
 
 import torch
 import transformers
@@ -36,12 +35,9 @@ from transformers.trainer_callback import ExportableState
 
 from firstwords import atomic, checkpoint
 from firstwords.args import TrainFlags
-from firstwords.errors import BadData, BadFlag, Diverged, IOFailed
-from firstwords.generate import Sampling
+from firstwords.errors import BadFlag, Diverged, IOFailed
 from firstwords.loss import evaluate_loss
 from firstwords.optimizer import MuonAdamWFactory
-from firstwords.schema import mask_control
-from firstwords.session import ChatSession
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import Tokenizer
 
@@ -236,6 +232,7 @@ class RunTrainer(transformers.Trainer):
             "eval_loss": loss.mean,
             "eval_perplexity": loss.perplexity,
             "eval_bits_per_byte": loss.bits_per_byte,
+            "eval_accuracy": loss.accuracy,
         }
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -408,10 +405,14 @@ class RunLog(TrainerCallback):
     Args:
         run_dir: the run.
         first_step: events of later steps, written by a life that was killed, are purged.
+
+    Attributes:
+        writer: takes numbers and texts; may be replaced by several at once (`monitor.Writers`).
     """
 
     def __init__(self, run_dir: Path, first_step: int):
-        self.writer = SummaryWriter(str(run_dir / "runs"), purge_step=first_step + 1 if first_step else None)
+        # From 0 too: of a life that was killed before its first checkpoint, every step is written again.
+        self.writer = SummaryWriter(str(run_dir / "runs"), purge_step=first_step + 1 if first_step else 0)
         self._file = open(  # noqa: SIM115
             run_dir / "train.log", "a", buffering=1, encoding="utf-8", opener=atomic.open_no_link
         )
@@ -442,6 +443,8 @@ class RunLog(TrainerCallback):
             self.writer.add_scalar(f"{group}/{name.removeprefix('eval_')}", value, state.global_step)
         self.writer.flush()
         self.say(format_line(state.global_step, state.max_steps, logs))
+        if self._bar is not None and "loss" in logs:
+            self._bar.set_postfix_str(format_live(logs))
 
     def on_train_end(self, args, state, control, **kwargs):
         """Close the bar; the log stays open for the last words."""
@@ -456,13 +459,25 @@ def format_line(step: int, max_steps: int, logs: dict[str, float]) -> str:
     if "eval_loss" in logs:
         return (
             f"{head}  val loss {logs['eval_loss']:.4f}  ppl {logs['eval_perplexity']:.4g}"
-            f"  bpb {logs['eval_bits_per_byte']:.4f}"
+            f"  bpb {logs['eval_bits_per_byte']:.4f}  acc {logs['eval_accuracy']:.4f}"
         )
+    hardware = ""
+    if "share_of_matmul" in logs:
+        hardware = f"  matmul {logs['share_of_matmul']:.0%}  mem {logs['peak_memory_gb']:.2f}G"
     return (
         f"{head}  loss {logs['loss']:.4f}  ppl {logs['perplexity']:.4g}  bpb {logs['bits_per_byte']:.4f}"
         f"  lr {logs['learning_rate']:.2e}  grad {logs['grad_norm']:.3f}"
-        f"  tok/s {logs['tokens_per_second']:,.0f}  tokens {logs['tokens_seen']:,}"
+        f"  tok/s {logs['tokens_per_second']:,.0f}{hardware}  tokens {logs['tokens_seen']:,}"
         f"  epoch {logs['epoch']:.2f}  left {format_seconds(logs['seconds_left'])}"
+    )
+
+
+def format_live(logs: dict[str, float]) -> str:
+    """Return what stands behind the bar on a terminal, where the line above has scrolled away."""
+    return (
+        f"loss {logs['loss']:.4f} bpb {logs['bits_per_byte']:.4f} tok/s {logs['tokens_per_second']:,.0f}"
+        f" matmul {logs['share_of_matmul']:.0%} mem {logs['peak_memory_gb']:.2f}G"
+        f" left {format_seconds(logs['seconds_left'])}"
     )
 
 
@@ -474,35 +489,3 @@ def format_seconds(seconds: float) -> str:
     if days:
         return f"{days}d{hours:02}h"
     return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
-
-
-class Samples(TrainerCallback):
-    """Answer fixed prompts greedily at each evaluation, as text in TensorBoard and in train.log.
-
-    Args:
-        prompts: one user turn each.
-        log: where the replies go.
-        tokenizer: ours.
-        context: tokens that prompt and reply may use.
-    """
-
-    def __init__(self, prompts: list[str], log: RunLog, tokenizer: Tokenizer, context: int):
-        self.prompts, self.log, self.tokenizer, self.context = prompts, log, tokenizer, context
-
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
-        """Ask each prompt in a session of its own."""
-        was_training = model.training
-        model.eval()
-        for prompt in self.prompts:
-            session = ChatSession(
-                model, self.tokenizer, context=self.context, sampling=Sampling(max_new_tokens=48)
-            )
-            shown = mask_control(shorten(prompt, 80, placeholder=" ..."))
-            try:
-                reply = session.ask(prompt)
-            except BadData as error:
-                self.log.say(f"  {shown}  ->  not asked, {error}")
-                continue
-            self.log.say(f"  {shown}  ->  {reply!r}")
-            self.log.writer.add_text(f"samples/{shown}", reply, state.global_step)
-        model.train(was_training)

@@ -7,7 +7,6 @@ import resource
 import signal
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import BYTES, build_flags, build_trainer, invent_talks, run_script, talk, write_chats, write_config
 from transformers import TrainerCallback
@@ -19,8 +18,6 @@ from firstwords.checkpoint import list_checkpoints, read_manifest, verify
 from firstwords.errors import BadFlag, Diverged, IOFailed
 from firstwords.loss import evaluate_loss
 from firstwords.trainer import (
-    RunLog,
-    Samples,
     StopOnSignal,
     Throughput,
     build_training_arguments,
@@ -32,7 +29,7 @@ from firstwords.trainer import (
 
 PLACE_KEYS = {"tokens_seen", "epoch", "step"}
 STEP_KEYS = {"loss", "perplexity", "bits_per_byte", "grad_norm", "learning_rate"} | PLACE_KEYS
-EVAL_KEYS = {"eval_loss", "eval_perplexity", "eval_bits_per_byte"} | PLACE_KEYS
+EVAL_KEYS = {"eval_loss", "eval_perplexity", "eval_bits_per_byte", "eval_accuracy"} | PLACE_KEYS
 
 
 @pytest.fixture(scope="module")
@@ -143,9 +140,13 @@ def test_tensorboard_has_every_step_once_after_a_resume(finished):
     train_tags = ("loss", "perplexity", "bits_per_byte", "tokens_per_second", "tokens_seen", "learning_rate")
     for tag in (*train_tags, "grad_norm", "epoch"):
         assert steps.pop(f"train/{tag}") == [1, 2, 3, 4, 5, 6], tag
-    for tag in ("loss", "perplexity", "bits_per_byte", "tokens_seen", "epoch"):
+    for tag in ("loss", "perplexity", "bits_per_byte", "accuracy", "tokens_seen", "epoch"):
         assert steps.pop(f"eval/{tag}") == [2, 4, 6], tag
-    assert list(steps) == ["train/seconds_left"]
+    for tag in ("stop_rate", "role_leak", "repeat_4gram", "empty", "exact", "mean_tokens", "num_prompts"):
+        assert steps.pop(f"health/{tag}") == [2, 4, 6], tag
+    rates = {"train/seconds_left", "train/share_of_matmul", "train/peak_memory_gb"}
+    assert set(steps) == rates
+    assert all(steps[tag] == [1, 2, 3, 4, 5, 6] for tag in rates)
     losses = {row["step"]: row["loss"] for row in read_history(finished) if "loss" in row}
     assert {e.step: e.value for e in events.Scalars("train/loss")} == pytest.approx(losses)
     samples = [tag for tag in events.Tags()["tensors"] if tag.startswith("samples/")]
@@ -157,11 +158,11 @@ def test_train_log_is_lines_that_a_person_can_read(finished):
     number = r"[-\d.,e+]+"
     line = re.compile(
         rf"step (\d)/6  loss {number}  ppl {number}  bpb {number}  lr {number}  grad {number}"
-        rf"  tok/s {number}  tokens {number}  epoch {number}  left \d+m\d\ds"
+        rf"  tok/s {number}  matmul \d+%  mem {number}G  tokens {number}  epoch {number}  left \d+m\d\ds"
     )
     steps = [match[1] for match in map(line.fullmatch, lines) if match]
     assert steps == list("12345" + "456")
-    line = re.compile(rf"step (\d)/6  val loss {number}  ppl {number}  bpb {number}")
+    line = re.compile(rf"step (\d)/6  val loss {number}  ppl {number}  bpb {number}  acc {number}")
     assert [match[1] for match in map(line.fullmatch, lines) if match] == list("24" + "46")
     assert sum("going on from" in x and x.endswith("checkpoint-3") for x in lines) == 1
     assert lines[-1].startswith(f"{finished}: finished, ")
@@ -176,16 +177,6 @@ def test_samples_are_asked_and_shown_on_one_line(finished):
     assert len(refused) == 4
     assert refused[0].startswith("  word word")
     assert "is 200 tokens long" in refused[0]
-
-
-def test_samples_leave_model_and_chance_as_they_were(data, tmp_path):
-    run = build_trainer(data, tmp_path / "run")
-    log = RunLog(tmp_path / "run", first_step=0)
-    run.model.train()
-    before = torch.get_rng_state()
-    Samples(["Hi"], log, BYTES, 64).on_evaluate(run.args, run.state, run.control, model=run.model)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert run.model.training
 
 
 def test_tokens_seen_are_the_real_tokens_of_whole_epochs(data, tmp_path):
@@ -238,8 +229,8 @@ def test_lengths_of_time(seconds, text):
 
 
 def test_the_line_of_an_evaluation():
-    logs = {"eval_loss": 1.5, "eval_perplexity": 4.4817, "eval_bits_per_byte": 2.0}
-    assert format_line(3, 9, logs) == "step 3/9  val loss 1.5000  ppl 4.482  bpb 2.0000"
+    logs = {"eval_loss": 1.5, "eval_perplexity": 4.4817, "eval_bits_per_byte": 2.0, "eval_accuracy": 0.25}
+    assert format_line(3, 9, logs) == "step 3/9  val loss 1.5000  ppl 4.482  bpb 2.0000  acc 0.2500"
 
 
 # --- saves
