@@ -1,0 +1,242 @@
+"""Chats that never end: 100,000 turns, a hundred interrupts, replies without an end, torn characters."""
+
+import codecs
+import fcntl
+import os
+import pty
+import random
+import resource
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from tiny import BYTES, SHAPE
+
+from firstwords import session as session_module
+from firstwords.generate import Sampling
+from firstwords.schema import Message
+from firstwords.session import ChatSession
+from firstwords.template import CHAT_TEMPLATE, encode_prompt
+from firstwords.tokenizer import BYTE_LEVEL, Tokenizer, train_bpe
+
+ROOT = Path(__file__).parent.parent
+
+
+def build_model(tokenizer=BYTES, **shape):
+    torch.manual_seed(0)
+    ids = {"bos_token_id": tokenizer.endoftext_id, "eos_token_id": tokenizer.end_id}
+    config = transformers.GPT2Config(
+        vocab_size=tokenizer.vocab_size_padded, initializer_range=0.5, **ids, **{**SHAPE, **shape}
+    )
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+# --- 100,000 turns
+
+
+class Counting(Tokenizer):
+    """Counts the characters that it encodes."""
+
+    encoded = 0
+
+    def encode(self, text):
+        Counting.encoded += len(text)
+        return super().encode(text)
+
+
+def check_flat(monkeypatch, turns, *, positions):
+    """The work of the last turns is that of early ones, and no more memory is held.
+
+    Work is counted, not timed: characters that are encoded and ids that the model has to read.
+    """
+    tokenizer = Counting(BYTE_LEVEL, BYTES.vocabulary)
+    reply, read = [*b"fine", tokenizer.end_id], 0
+
+    def stream(model, prompt, **_):
+        nonlocal read
+        read += len(prompt)
+        return iter(reply)
+
+    monkeypatch.setattr(session_module, "stream_ids", stream)
+    model = build_model(n_embd=4)
+    model.config.n_positions = positions
+    session = ChatSession(model, tokenizer, context=positions, system="S")
+    window = turns // 100
+    work, sizes = [], []
+    for turn in range(turns):
+        if turn in (window, 2 * window, turns - window):
+            work.append(-Counting.encoded - read)
+            sizes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # kilobytes
+        session.ask(f"question {turn % 1000:03}")
+        if turn in (2 * window - 1, turns - 1):
+            work[-1] += Counting.encoded + read
+    early, late = work[0], work[-1]
+    assert early > 0
+    assert late <= 1.5 * early, f"{late} against {early}"
+    assert sizes[-1] - sizes[0] < 4096, f"{sizes} kB"
+    assert session.ask("and now?") == "fine"
+
+
+def test_100_000_turns_cost_what_the_first_ones_do(monkeypatch):
+    check_flat(monkeypatch, 100_000, positions=64)
+
+
+def test_the_check_sees_a_session_that_forgets_nothing(monkeypatch):
+    with pytest.raises(AssertionError, match="against"):
+        check_flat(monkeypatch, 300, positions=1 << 30)
+
+
+# --- replies that never end
+
+
+def check_capped(answer):
+    """A model that never says <|end|> is cut within its positions, and what it said is text."""
+    model = build_model(n_positions=64)
+    prompt = encode_prompt([Message("user", "Hi")], BYTES)
+    ids = answer(model, prompt)
+    assert 0 < len(ids) <= 64 - len(prompt)
+
+
+def answer_endlessly(model, prompt):
+    session = ChatSession(model, BYTES, context=1 << 30, sampling=Sampling(max_new_tokens=10**9))
+    session.stop_ids = frozenset()
+    session.ask("Hi")
+    assert not session.last.stopped
+    return session.last.ids
+
+
+def answer_in_the_stock_way(model, prompt):
+    endless = {"max_new_tokens": 10**9, "eos_token_id": -1, "pad_token_id": 0, "do_sample": False}
+    return model.generate(torch.tensor([prompt]), **endless)[0, len(prompt) :].tolist()
+
+
+def test_a_reply_without_an_end_is_cut():
+    check_capped(answer_endlessly)
+
+
+def test_a_reply_without_an_end_kills_the_stock_way():
+    with pytest.raises((IndexError, AssertionError)):
+        check_capped(answer_in_the_stock_way)
+
+
+# --- characters in pieces
+
+TEXTS = ["naïve café", "日本語のテキスト", "👩‍👩‍👧‍👦 🇩🇪 é", "עברית العربية", "\U0010ffff", "plain"]
+
+
+def check_whole(stream, tokenizer, count):
+    """Streamed pieces join to the text of all ids, whatever the ids are."""
+    chance = random.Random(0)
+    for _ in range(count):
+        ids = [chance.randrange(len(tokenizer.vocabulary)) for _ in range(chance.randint(1, 12))]
+        assert "".join(stream(ids)) == tokenizer.decode(ids), ids
+
+
+@pytest.fixture(scope="module")
+def torn():
+    """A tokenizer some of whose tokens end within a character."""
+    tokenizer = train_bpe(TEXTS * 3, 340)
+    assert any(len(token) > 1 and token[-1] > 127 for token in tokenizer.vocabulary)
+    return tokenizer
+
+
+def test_10_000_streamed_replies_are_whole(torn, monkeypatch):
+    session = ChatSession(build_model(torn), torn, context=128)
+
+    def stream(ids):
+        monkeypatch.setattr(session_module, "stream_ids", lambda *_, **__: iter(ids))
+        session.reset()
+        yield from session.stream("Hi")
+
+    check_whole(stream, torn, 10_000)
+
+
+def test_decoding_token_by_token_tears_characters(torn):
+    with pytest.raises(AssertionError):
+        check_whole(lambda ids: (torn.decode([token_id]) for token_id in ids), torn, 200)
+    decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+    check_whole(lambda ids: [*map(decode, map(torn.token_bytes, ids)), decode(b"", True)], torn, 1)
+
+
+# --- a hundred interrupts
+
+PROMPT_READY, PROMPT_DONE = b"\x1b[?2004h", b"\x1b[?2004l"  # bracketed paste, on and off
+
+
+def take_terminal():
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
+
+
+class Terminal:
+    """The chat on a pseudo terminal of its own, where 0x03 that is typed is a real SIGINT."""
+
+    def __init__(self, *words):
+        self.master, slave = pty.openpty()
+        self.seen = b""
+        self.process = subprocess.Popen(
+            [sys.executable, str(ROOT / "inference.py"), *words],
+            **{"stdin": slave, "stdout": slave, "stderr": slave, "cwd": ROOT},
+            env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+            preexec_fn=take_terminal,
+        )
+        os.close(slave)
+
+    def type(self, text):
+        os.write(self.master, text.encode())
+
+    def read(self):
+        assert select.select([self.master], [], [], 60)[0], self.seen[-500:]
+        self.seen += os.read(self.master, 65536)
+
+    def wait_for(self, mark):
+        """Read up to and including `mark`; return what came before."""
+        while mark not in self.seen:
+            self.read()
+        before, _, self.seen = self.seen.partition(mark)
+        return before
+
+    def close(self):
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    """A chat with a model of random weights, whose replies have some 3,000 tokens."""
+    folder = tmp_path / "model"
+    build_model(n_positions=4096).save_pretrained(folder)
+    BYTES.save(folder, chat_template=CHAT_TEMPLATE)
+    opened = Terminal("--model_dir", str(folder), "--device", "cpu")
+    yield opened
+    opened.close()
+
+
+def test_ctrl_c_a_hundred_times_gives_the_prompt_back(terminal):
+    chance, waits, stopped = random.Random(0), [], 0
+    terminal.wait_for(PROMPT_READY)
+    for _ in range(100):
+        terminal.type("go\r")
+        terminal.wait_for(PROMPT_DONE)
+        said = chance.randrange(40, 300)  # bytes; the first few are still of the prompt
+        while len(terminal.seen) < said:
+            terminal.read()
+        start = time.monotonic()
+        terminal.type("\x03")
+        stopped += b"stopped" in terminal.wait_for(PROMPT_READY)
+        waits.append(time.monotonic() - start)
+    assert stopped == 100, "no reply was left to end by itself"
+    # Half a second; a machine with other work may be late a few times.
+    assert sorted(waits)[94] < 0.5, sorted(waits)[90:]
+    terminal.type("\x04")
+    assert terminal.process.wait(20) == 0
