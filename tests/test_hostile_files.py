@@ -16,6 +16,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import BYTES, build_flags, run_script, talk, write_chats, write_config
 
@@ -31,6 +32,7 @@ from firstwords.tokenizer import load_tokenizer
 
 # All that is ever opened of a model folder; the weights are mapped by the safetensors library.
 READ_BY_US = {"config.json", "manifest.json", "tokenizer.json"}
+NOT_OURS = pytest.mark.xfail(strict=True, raises=AssertionError)
 ROW = {"question": "Why?", "answer": "So."}
 
 
@@ -136,15 +138,15 @@ def write_template_escape(folder, canary):
     (folder / "chat_template.jinja").write_text(text)
 
 
-# What of ours stands against what people do instead, beside chat and init.
-OURS = {"stock_prompt": ["prompt"], "stock_tokenizer": ["prompt"], "stock_start": ["start"]}
 # What people do instead, and what becomes of it: what `prison` noticed, or a result that is not ours.
-MODEL_PAYLOADS = {
+PICKLES = {
     "pickled weights": (pickle_weights, "stock_pickle", "canary"),
     "optimizer.pt": (pickle_state("optimizer.pt"), "stock_pickle", "canary"),
     "scheduler.pt": (pickle_state("scheduler.pt"), "stock_pickle", "canary"),
     "rng_state.pth": (pickle_state("rng_state.pth"), "stock_pickle", "canary"),
     "training_args.bin": (pickle_state("training_args.bin"), "stock_pickle", "canary"),
+}
+CONFIGS = {
     "auto_map": (name_model_code, "stock_auto", "canary"),
     "auto_map of a gpt2": (name_model_code_of_gpt2, "stock_auto", "canary"),
     "auto_map of the tokenizer": (name_tokenizer_code, "stock_tokenizer", "canary"),
@@ -153,10 +155,22 @@ MODEL_PAYLOADS = {
     "quantization_config": (name_quantiser, "stock_gpt2", "crashed"),
     "10**9 layers": (ask_too_many_layers, "stock_gpt2", "crashed"),
     "weights outside": (split_weights, "stock_gpt2", "GPT2LMHeadModel"),
-    "a template with hidden text": (write_template, "stock_prompt", "my password"),
-    "a template that escapes": (write_template_escape, "stock_prompt", "crashed"),
     "modules beside it": (lay_modules, "stock_start", "canary"),
 }
+TEMPLATES = {
+    "a template with hidden text": (write_template, "stock_prompt", "my password"),
+    "a template that escapes": (write_template_escape, "stock_prompt", "crashed"),
+}
+MODEL_PAYLOADS = PICKLES | CONFIGS | TEMPLATES
+
+
+def list_acts(payloads):
+    """Return what we do with each payload, and the stock way, in which it must act."""
+    return [
+        pytest.param(name, act, marks=[] if act in ("chat", "init", "prompt") else NOT_OURS)
+        for name, (_, stock, _) in payloads.items()
+        for act in ("chat", "init", "prompt", stock)
+    ]
 
 
 # --- payloads of data folders
@@ -195,12 +209,6 @@ def card_leads_up_by_glob(folder, canary):
     (folder / "x").mkdir()
 
 
-def hidden_card_leads_up(folder, canary):
-    write_secret(folder)
-    (folder / ".huggingface.yaml").write_text("configs:\n- config_name: a\n  data_files: ../secret.jsonl\n")
-    (folder / "train.jsonl").unlink()
-
-
 def link_leads_out(folder, canary):
     (folder / "train.jsonl").unlink()
     (folder / "train.jsonl").symlink_to(write_secret(folder))
@@ -228,7 +236,8 @@ def told(clean, tmp_path_factory):
         cases.append({"name": name, "act": act, "folder": str(folder)})
 
     for name, (build, stock, _) in MODEL_PAYLOADS.items():
-        for act in ("chat", "init", *OURS.get(stock, ()), stock):
+        starts = ["start"] if stock == "stock_start" else []
+        for act in ("chat", "init", "prompt", *starts, stock):
 
             def lay(folder, canary, build=build):
                 shutil.copytree(clean, folder)
@@ -273,18 +282,25 @@ def check_harmless(record):
     assert "my password" not in result
 
 
-@pytest.mark.parametrize("name", MODEL_PAYLOADS)
-def test_no_payload_of_a_model_folder_acts(told, name):
-    for act in ("chat", "init", *OURS.get(MODEL_PAYLOADS[name][1], ())):
-        check_harmless(told[name, act])
+@pytest.mark.parametrize(("name", "act"), list_acts(PICKLES))
+def test_no_pickle_is_loaded(told, name, act):
+    check_harmless(told[name, act])
+
+
+@pytest.mark.parametrize(("name", "act"), list_acts(CONFIGS))
+def test_nothing_that_a_configuration_names_acts(told, name, act):
+    check_harmless(told[name, act])
+
+
+@pytest.mark.parametrize(("name", "act"), list_acts(TEMPLATES))
+def test_no_template_is_executed(told, name, act):
+    check_harmless(told[name, act])
 
 
 @pytest.mark.parametrize("name", MODEL_PAYLOADS)
 def test_every_payload_acts_in_the_stock_way(told, name):
     _, stock, expected = MODEL_PAYLOADS[name]
     record = told[name, stock]
-    with pytest.raises(AssertionError):
-        check_harmless(record)
     assert expected in record["did"] or expected in str(record["result"]), record
 
 
@@ -306,17 +322,15 @@ def check_inside(record):
     assert result == ["Why?"] * 2 or str(result).startswith(("refused BadData", "refused BadFlag")), record
 
 
+@pytest.mark.parametrize("act", ["read", pytest.param("stock_read", marks=NOT_OURS)])
 @pytest.mark.parametrize("name", DATA_PAYLOADS)
-def test_no_data_folder_leads_out(told, name):
-    check_inside(told[name, "read"])
+def test_no_data_folder_leads_out(told, name, act):
+    check_inside(told[name, act])
 
 
 @pytest.mark.parametrize("name", DATA_PAYLOADS)
 def test_every_data_folder_leads_out_in_the_stock_way(told, name):
-    record = told[name, "stock_read"]
-    with pytest.raises(AssertionError):
-        check_inside(record)
-    _, expected = DATA_PAYLOADS[name]
+    record, (_, expected) = told[name, "stock_read"], DATA_PAYLOADS[name]
     assert expected in record["did"] or record["result"] == ["Why?"] * expected, record
 
 
@@ -511,12 +525,20 @@ LYING_WEIGHTS = {
 }
 
 
+def load_in_the_stock_way(folder):
+    return transformers.GPT2LMHeadModel.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    "load", [load_model, pytest.param(load_in_the_stock_way, marks=pytest.mark.xfail(strict=True))]
+)
 @pytest.mark.parametrize("change", LYING_WEIGHTS.values(), ids=LYING_WEIGHTS)
-def test_weights_whose_header_lies_are_refused(folder, change):
+def test_weights_whose_header_lies_are_refused_in_one_line(folder, change, load):
     path = folder / "model.safetensors"
     path.write_bytes(change(path.read_bytes()))
-    with pytest.raises(Damaged, match="the weights cannot be read"):
-        load_model(folder)
+    with pytest.raises(Damaged, match="the weights cannot be read") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_weights_that_are_no_floats_are_refused(folder):
