@@ -9,7 +9,7 @@ Rules. The context is the longest row that was trained. Of it a part is kept fre
 turns so far do not fit, the oldest whole turns (a question with its answer) are out of the model's
 view; the system message stays. A turn is recorded when its reply holds text, though it were stopped
 half-way; else the history stays as it was. Invariant: `messages` is the system message, if any, and
-whole turns, all of them.
+whole turns, the newest 1,000 of them.
 """
 
 import codecs
@@ -30,6 +30,9 @@ from firstwords.tokenizer import Tokenizer, load_tokenizer
 
 # Characters beyond which a text is measured by them before it is encoded: 100 MB would take half a minute.
 LONG_TEXT = 1_000_000
+
+# Turns that are kept, so that a chat of days takes no more memory than one of an hour.
+KEPT_TURNS = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,8 @@ class ChatSession:
         sampling: how replies are drawn; may be replaced between turns.
 
     Attributes:
-        messages: the system message, if any, and all whole turns, the oldest of which may be out of view.
+        messages: the system message, if any, and the newest `KEPT_TURNS` whole turns, the oldest of
+            which may be out of view.
         last: the newest `Reply`, or None.
         folder, manifest: where `load_session` found the model; None and `{}` of any other session.
     """
@@ -105,9 +109,8 @@ class ChatSession:
         """Tokens of the history that the next prompt will hold, as far as can be known before it."""
         system = self.messages[: self._count_system()]
         frame = len(encode_prompt([*system, Message("user", "")], self.tokenizer))
-        sizes = self._measure_turns()
-        evicted = _count_evicted(sizes, self.context - self.reserve - frame)
-        return len(encode_chat(system, self.tokenizer)[0]) + sum(sizes[evicted:])
+        sizes = self._measure_view(self.context - self.reserve - frame)
+        return len(encode_chat(system, self.tokenizer)[0]) + sum(sizes)
 
     @property
     def reserve(self) -> int:
@@ -221,7 +224,7 @@ class ChatSession:
         size = len(encode_prompt([*system, question], self.tokenizer)) - around
         if size > room:
             raise self._refuse_length(f"{size:,} tokens", room, around)
-        evicted = _count_evicted(self._measure_turns(), room - size)
+        evicted = len(turns) // 2 - len(self._measure_view(room - size))
         prompt = encode_prompt([*system, *turns[2 * evicted :], question], self.tokenizer)
         return _Plan([*self.messages, question], prompt, self.context - len(prompt), evicted)
 
@@ -231,16 +234,24 @@ class ChatSession:
             f"{self.reserve} are kept for the reply and {around} go to the frame); shorten it"
         )
 
-    def _measure_turns(self) -> list[int]:
-        """Return the tokens of each whole turn."""
-        turns = iter(self.messages[self._count_system() :])
-        return [len(encode_chat(list(pair), self.tokenizer)[0]) for pair in zip(turns, turns, strict=True)]
+    def _measure_view(self, room: int) -> list[int]:
+        """Return the tokens of the newest whole turns that fit into `room`; no older one is looked at."""
+        sizes: list[int] = []
+        for place in range(len(self.messages) - 2, self._count_system() - 1, -2):
+            size = len(encode_chat(self.messages[place : place + 2], self.tokenizer)[0])
+            if size > room:
+                break
+            room -= size
+            sizes.append(size)
+        return sizes
 
     def _record(self, plan: _Plan, ids: list[int], text: str) -> Reply:
         stopped = ids[-1:] == [self.tokenizer.end_id]
         self.last = Reply(text, plan.prompt, ids, stopped, plan.evicted)
         if text.strip():  # an empty turn is none: no row of the training data has one
             self.messages = [*plan.messages, Message("assistant", text)]
+            first = self._count_system()
+            del self.messages[first : max(first, len(self.messages) - 2 * KEPT_TURNS)]
         return self.last
 
     def explain(self, num_others: int) -> list[Choice]:
@@ -254,15 +265,6 @@ class ChatSession:
         return rank_ids(
             self.model, self.last.prompt, self.last.ids, banned_ids=self.banned_ids, num_others=num_others
         )
-
-
-def _count_evicted(sizes: list[int], room: int) -> int:
-    """Return how many of the oldest turns must go so that the others fit into `room` tokens."""
-    evicted, total = 0, sum(sizes)
-    while total > max(room, 0):
-        total -= sizes[evicted]
-        evicted += 1
-    return evicted
 
 
 def _check_message(text: str, where: str) -> None:

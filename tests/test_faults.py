@@ -41,9 +41,7 @@ def collected(rows):
     plugin, items = Collector(), {}
     if not files:
         return items
-    pytest.main(
-        ["--collect-only", "-qq", "-p", "no:terminal", *(str(ROOT / file) for file in files)], [plugin]
-    )
+    pytest.main(["--collect-only", "-p", "no:terminal", *(str(ROOT / file) for file in files)], [plugin])
     for item in plugin.items:
         name = f"tests/{item.path.name}::{item.originalname}"
         items.setdefault(name, []).append(item)
