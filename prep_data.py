@@ -11,42 +11,58 @@ column or without; in .jsonl, .json, .parquet, .csv, folders of those, or on the
 questions about Python.
 
 Writes train.jsonl and val.jsonl, train_tokenized.jsonl and val_tokenized.jsonl (what is learned is
-marked), the tokenizer's files, data_report.json and, where there are bad rows, rejects.jsonl; all
-at once at the end. The same command again finds its work done. Bad rows end the run with exit 65
-(see --skip_bad).
+marked), the tokenizer's files, data_report.json, the same as a page (data_report.html) and, where
+there are bad rows, rejects.jsonl; all at once at the end. The same command again finds its work
+done. Bad rows end the run with exit 65 (see --skip_bad).
 
-val is 5 % of the distinct conversations, drawn by seed, at least one; equal ones are never on both
-sides. The rows stay in their order; training shuffles them.
+Killed or interrupted, the same command goes on where it stopped. val is 5 % of the distinct
+conversations, drawn by seed, at least one; equal ones are never on both sides. The rows stay in
+their order; training shuffles them.
 """
 
 import argparse
-import json
 import platform
+import shutil
 import sys
-from array import array
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TextIO
 
+import numpy as np
 from tqdm import tqdm
 
-from firstwords import prep, pydocs
+from firstwords import prep, pydocs, show
 from firstwords.args import build_parser, run_main
-from firstwords.atomic import stage_folder
+from firstwords.atomic import stage_folder, write_text
+from firstwords.conversations import (
+    OVERLONG,
+    SPLITS,
+    Batch,
+    Encoding,
+    add_counts,
+    encode_part,
+    gather_rows,
+    join_files,
+    read_account,
+    read_rows,
+    survey_batch,
+)
 from firstwords.errors import BadData, BadFlag
-from firstwords.schema import Message, RowError, conversation_row, format_row, mask_control
-from firstwords.sources import Sample, find_place, find_shape, read_rows, to_conversation
+from firstwords.hashes import count_distinct, count_overlap, find_val_limit, open_hashes, sort_hashes
+from firstwords.pages import draw_bars, draw_columns, format_html_table, format_page
+from firstwords.parts import Work, finish_work, make_parts, open_work
+from firstwords.schema import Message, conversation_row
+from firstwords.sources import Located, Place, Sample, find_place, read_license, read_raw_rows
 from firstwords.sources.places import ROW_SUFFIXES
-from firstwords.template import CHAT_TEMPLATE, encode_chat
+from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import Tokenizer, build_tokenizer, learns_from_text, load_tokenizer
 
 FORMAT = "firstwords-chats-1"
-REPORT = "data_report.json"
-SPLITS = ("train", "val")
-LEARNED_COLOUR, PLAIN_COLOUR = "\x1b[32m", "\x1b[0m"
+REPORT, PAGE = "data_report.json", "data_report.html"
+TOKENIZER = "tokenizer"  # its folder among the parts
+SEQ_LEN = 1024  # beyond which conversations are counted when --seq_len is not given
+SHOWN_ON_PAGE = 20
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -70,14 +86,23 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     add(
         "--seq_len",
-        type=int,
-        default=1024,
+        type=prep.parse_count,
         metavar="N",
-        help="count conversations longer than this, default 1024 tokens; they are kept whole here",
+        help="tokens of a training row: what --overlong is about; default: conversations of more than "
+        "1024 tokens are counted",
+    )
+    add(
+        "--overlong",
+        choices=OVERLONG,
+        default="keep",
+        help="conversations longer than --seq_len: keep them whole, the default (train.py has an "
+        "--overlong of its own); drop them; split them between exchanges, the system prompt at the head "
+        "of each piece; or truncate their tokens, in the middle of a reply where it comes so. What is "
+        "lost is counted",
     )
     add(
         "--pydocs_passes",
-        type=int,
+        type=prep.parse_count,
         default=1,
         metavar="N",
         help="how often pydocs asks each question",
@@ -87,7 +112,13 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=0,
         metavar="N",
-        help="print N conversations, what is learned marked",
+        help="print N conversations, what is learned marked, and N packed rows of --seq_len",
+    )
+    add(
+        "--show_html",
+        type=Path,
+        metavar="FILE",
+        help="write the same as a page, each token in a box; of --show N conversations, default 20",
     )
     args = parser.parse_args(argv)
     check_flags(args)
@@ -101,23 +132,26 @@ def check_flags(args: argparse.Namespace) -> None:
     Raises:
         BadFlag: naming the flag.
     """
-    for name, least in (("show", 0), ("seq_len", 1), ("pydocs_passes", 1)):
-        if getattr(args, name) < least:
-            raise BadFlag(f"--{name}: is {getattr(args, name)}; give {least} or more")
+    if args.show < 0:
+        raise BadFlag(f"--show: is {args.show}; give 0 or more")
+    if args.overlong != "keep" and args.seq_len is None:
+        raise BadFlag(f"--overlong: {args.overlong}, but longer than what? Give --seq_len")
     if args.system is not None and not args.system.strip():
         raise BadFlag("--system: is empty; leave it out or give a text")
-    if args.dataset == "pydocs":
+    names = [dataset.name for dataset in args.dataset]
+    if set(names) == {"pydocs"}:
         prep.refuse_flags(args, ("dataset_config", "split"), "pydocs has none")
-        if args.tokenizer is None:
-            raise BadFlag("--tokenizer: pydocs needs stage A's data or model folder; name it")
-    elif args.pydocs_passes != 1:
+    if "pydocs" in names and args.tokenizer is None:
+        raise BadFlag("--tokenizer: pydocs needs stage A's data or model folder; name it")
+    if "pydocs" not in names and args.pydocs_passes != 1:
         prep.refuse_flags(args, ["pydocs_passes"], "--dataset is not pydocs")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Prepare the conversations, or say that they are there."""
     args = parse_flags(argv)
-    prep.refuse_out_dir_inside(args.dataset, args.out_dir)
+    for dataset in args.dataset:
+        prep.refuse_out_dir_inside(dataset.name, args.out_dir)
     made_by = {"command": prep.describe_flags(args), "sources": describe_sources(args)}
     tokenizer = None
     if not learns_from_text(args.tokenizer):
@@ -126,297 +160,330 @@ def main(argv: list[str] | None = None) -> None:
     if prep.is_finished(args.out_dir, REPORT, made_by, overwrite=args.overwrite):
         print(f"{args.out_dir}: these data are there already, made by the same command")
     else:
-        with stage_folder(args.out_dir, overwrite=True) as staging:
-            report = prepare(tokenizer, args, staging) | made_by
-            prep.seal_folder(staging, args.out_dir, REPORT, report)
+        report = make_data(tokenizer, args, made_by)
         if "refused" in report:
             raise BadData(report["refused"])
         print_summary(args.out_dir, report)
-    for line in format_learned(args.out_dir, args.show, in_colour=sys.stdout.isatty()):
-        print(line)
+    show_data(args)
 
 
 def describe_sources(args: argparse.Namespace) -> list[dict]:
     """Return what the data are made from, for the report."""
-    if args.dataset == "pydocs":
-        return [{"pydocs": f"Python {platform.python_version()}"}]
-    place = find_place(args.dataset, split=args.split, config=args.dataset_config, suffixes=ROW_SUFFIXES)
-    return place.describe()
+    places = (find_source(dataset, args) for dataset in args.dataset)
+    pydocs_source = [{"pydocs": f"Python {platform.python_version()}"}]
+    return [source for place in places for source in (place.describe() if place else pydocs_source)]
 
 
-def prepare(tokenizer: Tokenizer | None, args: argparse.Namespace, staging: Path) -> dict:
-    """Fill the staging folder.
+def find_source(dataset: prep.Dataset, args: argparse.Namespace) -> Place | None:
+    """Return where a dataset lies, or None for pydocs."""
+    if dataset.name == "pydocs":
+        return None
+    return find_place(dataset.name, split=args.split, config=args.dataset_config, suffixes=ROW_SUFFIXES)
+
+
+def make_data(tokenizer: Tokenizer | None, args: argparse.Namespace, made_by: dict) -> dict:
+    """Make `--out_dir`; the parts of a run that was killed are gone on with.
 
     Returns:
         the report; with `refused` when there are bad rows and `--skip_bad` is not given, or when
         there is no good one.
     """
-    spool = staging / "spool.jsonl"
-    with prep.Rejects(staging) as rejects:
-        survey = survey_rows(read_conversations(args, rejects), spool, args.seed)
-    report = {"format": FORMAT, "rows": survey.describe(rejects)}
-    refusal = check_survey(survey, rejects, args)
+    args.out_dir.parent.mkdir(parents=True, exist_ok=True)
+    with open_work(args.out_dir, made_by | {"format": FORMAT}) as work:
+        report = fill_folder(tokenizer, args, made_by, work)
+        finish_work(work)
+    return report
+
+
+def fill_folder(tokenizer: Tokenizer | None, args: argparse.Namespace, made_by: dict, work: Work) -> dict:
+    """Make the files of `--out_dir`, and rename them into place; returns the report."""
+    with stage_folder(args.out_dir, overwrite=True) as staging:
+        report = prepare(tokenizer, args, work, staging) | made_by
+        if "refused" not in report:
+            (staging / PAGE).write_text(build_page(report), encoding="utf-8")
+        prep.seal_folder(staging, args.out_dir, REPORT, report)
+    return report
+
+
+def prepare(tokenizer: Tokenizer | None, args: argparse.Namespace, work: Work, staging: Path) -> dict:
+    """Fill the staging folder from parts; returns the report, see `make_data`."""
+    parts, survey = survey_rows(args, work, staging)
+    report = {"format": FORMAT, "rows": survey.rows}
+    refusal = check_survey(survey, args)
     if refusal:
         return report | {"refused": refusal}
-    if tokenizer is None:
-        contents = (message.content for _, messages in read_spool(spool) for message in messages)
-        tokenizer = build_tokenizer(args.tokenizer, contents)
-    splits = write_splits(assign_splits(spool, survey, args.val_pct), tokenizer, args, staging)
-    spool.unlink()
-    tokenizer.save(staging, chat_template=CHAT_TEMPLATE)
+    join_files(parts, "hashes.bin", work.folder / "hashes.bin")
+    ascending = sort_hashes(work.folder / "hashes.bin", work.folder / "sorted.bin")
+    survey.rows["duplicates"] = len(ascending) - survey.rows["repeated"] - count_distinct(ascending)
+    tokenizer = keep_tokenizer(tokenizer, args, parts, work)
+    shutil.copytree(work.folder / TOKENIZER, staging, dirs_exist_ok=True)
+    units = plan_encoding(parts, ascending, tokenizer, args, work)
+    tokens = encode_parts(units, args, work, survey)
+    splits = write_splits(tokens, staging)
+    survey.rows["kept"] = sum(counts["rows"] - counts["rows_dropped"] for counts in splits.values())
+    survey.rows["dropped"] = {"overlong": sum(counts["rows_dropped"] for counts in splits.values())}
     return report | {
+        "datasets": survey.datasets,
         "vocab_size": len(tokenizer),
         "tokenizer_hash": tokenizer.hash,
         "splits": splits,
-        "on_both_sides": count_overlap(staging),
-        "seq_len": args.seq_len,
+        "on_both_sides": find_overlap(tokens, work),
+        "seq_len": args.seq_len or SEQ_LEN,
+        "overlong": args.overlong,
     }
 
 
 # --- first pass: rows -> conversations
 
 
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """A conversation, its split where the source decides that, and what its row was like."""
+def iter_batches(args: argparse.Namespace) -> Iterator[Batch]:
+    """Yield the rows of all datasets in batches; in the same order at every run."""
+    for number, dataset in enumerate(args.dataset):
+        for split, read in list_readings(dataset, args):
+            for is_repeat, rows in dataset.read(read, args.seed):
+                for batch in gather_rows(rows):
+                    yield Batch(number, is_repeat, split, args.system, args.seed, batch)
 
-    messages: list[Message]
-    split: str | None
-    shape: str
-    ignored: tuple[str, ...] = ()
 
-
-def read_conversations(args: argparse.Namespace, rejects: prep.Rejects) -> Iterator[Chat]:
-    """Read all good rows as conversations; the bad ones go to `rejects`."""
+def list_readings(
+    dataset: prep.Dataset, args: argparse.Namespace
+) -> list[tuple[str | None, Callable[[], Iterator[Located]]]]:
+    """Return what is to be read of a dataset, and the split of each where the dataset says so."""
     sample = Sample(args.max_samples, args.sample_pct, args.seed)
-    if args.dataset == "pydocs":
-        yield from _read_pydocs(args, sample)
-        return
-    rows = read_rows(args.dataset, split=args.split, config=args.dataset_config, sample=sample)
-    for located in rows:
-        try:
-            if isinstance(located.row, RowError):
-                raise located.row
-            messages = to_conversation(located.row, system=args.system)
-        except RowError as error:
-            rejects.add(located.file, located.line, error)
-        else:
-            shape = find_shape(located.row)
-            ignored = tuple(name for name in located.row if name not in shape.columns)
-            yield Chat(messages, None, shape.name, ignored)
+    if dataset.name == "pydocs":
+        questions = pydocs.build_questions(args.seed, passes=args.pydocs_passes)
+        return [
+            (split, partial(sample.draw, partial(_locate_talks, getattr(questions, split))))
+            for split in SPLITS
+        ]
+    where = {"split": args.split, "config": args.dataset_config}
+    return [(None, partial(read_raw_rows, dataset.name, **where, sample=sample))]
 
 
-def _read_pydocs(args: argparse.Namespace, sample: Sample) -> Iterator[Chat]:
-    questions = pydocs.build_questions(args.seed, passes=args.pydocs_passes)
-    system = [Message("system", args.system)] if args.system else []
-    for split in SPLITS:
-        for messages in sample.draw(partial(iter, getattr(questions, split))):
-            yield Chat([*system, *messages], split, "pydocs")
+def _locate_talks(talks: list[list[Message]]) -> Iterator[Located]:
+    for number, messages in enumerate(talks, 1):
+        yield Located("pydocs", number, conversation_row(messages))
 
 
 @dataclass
 class Survey:
-    """What the first pass found; `hashes` are those of the conversations in the spool."""
+    """What the first pass found.
 
-    hashes: array = field(default_factory=lambda: array("Q"))
-    shapes: Counter = field(default_factory=Counter)
-    ignored: Counter = field(default_factory=Counter)
+    Attributes:
+        rows: the account of all rows; at first `kept` are the good ones, of which some may be dropped.
+        datasets: the same of each `--dataset`.
+        first_rejects: the first bad rows, for the screen.
+    """
 
-    def describe(self, rejects: prep.Rejects) -> dict:
-        """Return the account of all rows: read = kept + rejected."""
-        return {
-            "read": len(self.hashes) + rejects.total,
-            "kept": len(self.hashes),
-            "rejected": rejects.describe(),
-            "duplicates": prep.count_duplicates(self.hashes),
-            "shapes": dict(self.shapes),
-            "ignored_columns": dict(self.ignored),
-        }
+    rows: dict
+    datasets: list[dict]
+    first_rejects: list[str]
 
-
-def survey_rows(chats: Iterable[Chat], spool: Path, seed: int) -> Survey:
-    """Write the good conversations to the spool, from which they are split and encoded."""
-    survey = Survey()
-    with open(spool, "w", encoding="utf-8") as file:
-        for chat in tqdm(chats, "reading", unit=" rows", disable=None):
-            row = conversation_row(chat.messages)
-            survey.hashes.append(prep.hash_content([format_row(row)], seed))
-            survey.shapes[chat.shape] += 1
-            survey.ignored.update(chat.ignored)
-            file.write(format_row(row | {"split": chat.split}))
-    return survey
+    def add(self, account: dict) -> None:
+        """Count a part in."""
+        rejected = sum(account["rejected"].values())
+        drawn = {"read": account["kept"] + rejected, "kept": account["kept"]}
+        add_counts(self.rows, drawn | {"repeated": account["kept"] * account["is_repeat"]})
+        for name in ("rejected", "shapes", "ignored_columns"):
+            add_counts(self.rows[name], account[name])
+        add_counts(self.datasets[account["dataset"]], drawn)
+        self.first_rejects += account["first_rejects"][: prep.SHOWN_REJECTS - len(self.first_rejects)]
 
 
-def check_survey(survey: Survey, rejects: prep.Rejects, args: argparse.Namespace) -> str | None:
+def survey_rows(args: argparse.Namespace, work: Work, staging: Path) -> tuple[list[Path], Survey]:
+    """Make the parts of the first pass, list all bad rows, and count."""
+    names = ("rejected", "shapes", "ignored_columns")
+    zeros = {"read": 0, "kept": 0}
+    datasets = [
+        {"dataset": dataset.name, "weight": dataset.weight, "license": find_license(dataset, args)} | zeros
+        for dataset in args.dataset
+    ]
+    survey = Survey(zeros | {"repeated": 0} | {name: {} for name in names}, datasets, [])
+    parts = []
+    with tqdm(desc="reading", unit=" rows", disable=None) as bar:
+        for part in make_parts(survey_batch, iter_batches(args), work, num_proc=args.num_proc):
+            account = read_account(part)
+            survey.add(account)
+            parts.append(part)
+            bar.update(account["kept"])
+    if survey.first_rejects:
+        join_files(parts, prep.REJECTS, staging / prep.REJECTS)
+    return parts, survey
+
+
+def find_license(dataset: prep.Dataset, args: argparse.Namespace) -> str | None:
+    """Return the licence that the card of a dataset states, if it has one that does."""
+    place = find_source(dataset, args)
+    return place and read_license(place)
+
+
+def check_survey(survey: Survey, args: argparse.Namespace) -> str | None:
     """Print the first bad rows and tell why the data are refused, if they are."""
-    for line in rejects.first:
+    for line in survey.first_rejects:
         print(line, file=sys.stderr)
-    read = len(survey.hashes) + rejects.total
-    reasons = ", ".join(f"{reason} {count}" for reason, count in rejects.describe().items())
+    rows = survey.rows
+    datasets = ", ".join(map(str, args.dataset))
+    bad = sum(rows["rejected"].values())
+    ordered = sorted(rows["rejected"].items(), key=lambda item: -item[1])
+    reasons = ", ".join(f"{reason} {count}" for reason, count in ordered)
     listed = f"all are listed in {args.out_dir / prep.REJECTS}, mend them"
-    if not survey.hashes:
-        return f"{args.dataset}: none of {read} rows is usable ({reasons}); {listed}"
-    if rejects.total and not args.skip_bad:
-        bad = f"{rejects.total} of {read} rows are bad ({reasons})"
-        return f"{args.dataset}: {bad}; {listed} or pass --skip_bad"
+    if not rows["kept"]:
+        return f"{datasets}: none of {rows['read']} rows is usable ({reasons}); {listed}"
+    if bad and not args.skip_bad:
+        return f"{datasets}: {bad} of {rows['read']} rows are bad ({reasons}); {listed} or pass --skip_bad"
     return None
 
 
 # --- second pass: conversations -> tokens
 
 
-def read_spool(spool: Path) -> Iterator[tuple[str | None, list[Message]]]:
-    """Read back what `survey_rows` wrote: the split where it is known, and the turns."""
-    with open(spool, encoding="utf-8", newline="\n") as lines:
-        for line in lines:
-            row = json.loads(line)
-            yield row["split"], [Message(**message) for message in row["messages"]]
+def keep_tokenizer(
+    tokenizer: Tokenizer | None, args: argparse.Namespace, parts: list[Path], work: Work
+) -> Tokenizer:
+    """Return the tokenizer, learned from the conversations where that is asked for, and kept in `work`."""
+    folder = work.folder / TOKENIZER
+    if tokenizer is None:
+        if folder.exists():
+            return load_tokenizer(folder)
+        contents = (m.content for part in parts for messages in read_rows(part) for m in messages)
+        tokenizer = build_tokenizer(args.tokenizer, contents)
+    if not folder.exists():
+        with stage_folder(folder) as staging:
+            tokenizer.save(staging, chat_template=CHAT_TEMPLATE)
+    return tokenizer
 
 
-def assign_splits(spool: Path, survey: Survey, val_pct: float) -> Iterator[tuple[str, list[Message]]]:
-    """Yield each conversation with its split: the source's, or by its hash."""
-    limit = prep.find_val_limit(survey.hashes, val_pct)
-    progress = {"total": len(survey.hashes), "unit": " rows", "disable": None}
-    rows = zip(read_spool(spool), survey.hashes, strict=True)
-    for (split, messages), content in tqdm(rows, "encoding", **progress):
-        yield split or ("val" if content <= limit else "train"), messages
+def plan_encoding(
+    parts: list[Path], ascending: np.ndarray, tokenizer: Tokenizer, args: argparse.Namespace, work: Work
+) -> list[Encoding]:
+    """Return the units of the second pass."""
+    decided = all(dataset.name == "pydocs" for dataset in args.dataset)
+    limit = -1 if decided else find_val_limit(ascending, args.val_pct)
+    how = (limit, work.folder / TOKENIZER, tokenizer.hash, args.seq_len or SEQ_LEN, args.overlong, args.seed)
+    return [Encoding(part, *how) for part in parts]
 
 
-def write_splits(
-    chats: Iterable[tuple[str, list[Message]]],
-    tokenizer: Tokenizer,
-    args: argparse.Namespace,
-    staging: Path,
-) -> dict[str, dict]:
-    """Write both files of both splits; returns their counts as the report has them."""
-    writers = {split: SplitWriter(staging, split, args.seq_len) for split in SPLITS}
-    try:
-        for split, messages in chats:
-            writers[split].write(messages, *encode_chat(messages, tokenizer))
-    finally:
-        for writer in writers.values():
-            writer.close()
-    empty = [split for split, writer in writers.items() if not writer.counts["conversations"]]
-    if empty:
-        raise BadData(f"--dataset: nothing is left for {empty[0]}; take a larger sample")
-    return {split: writer.describe() for split, writer in writers.items()}
+def encode_parts(units: list[Encoding], args: argparse.Namespace, work: Work, survey: Survey) -> list[Path]:
+    """Make the parts of the second pass, and count for each dataset what was drawn from it."""
+    parts = []
+    with tqdm(desc="encoding", total=survey.rows["kept"], unit=" rows", disable=None) as bar:
+        for part in make_parts(encode_part, units, work.stage("tokens"), num_proc=args.num_proc):
+            account = read_account(part)
+            for counts in account["splits"].values():
+                drawn = {name: counts[name] for name in ("conversations", "tokens", "learned_tokens")}
+                add_counts(survey.datasets[account["dataset"]], drawn)
+                bar.update(counts["rows"])
+            parts.append(part)
+    return parts
 
 
-class SplitWriter:
-    """One split: its conversations (contract 1), their tokens (contract 2), and their counts."""
-
-    def __init__(self, staging: Path, split: str, seq_len: int):
-        self.counts: Counter[str] = Counter()
-        self._lengths: Counter[int] = Counter()
-        self._seq_len = seq_len
-        self._rows = _open_new(staging / f"{split}.jsonl")
-        self._tokens = _open_new(staging / f"{split}_tokenized.jsonl")
-
-    def write(self, messages: list[Message], ids: list[int], mask: list[int]) -> None:
-        """Write one conversation."""
-        self._rows.write(format_row(conversation_row(messages)))
-        self._tokens.write(format_row({"input_ids": ids, "assistant_masks": mask}))
-        self._lengths[len(ids)] += 1
-        self.counts.update(
-            conversations=1,
-            turns=len(messages),
-            tokens=len(ids),
-            learned_tokens=sum(mask),
-            longer_than_seq_len=len(ids) > self._seq_len,
-            tokens_of_longer=len(ids) if len(ids) > self._seq_len else 0,
-        )
-
-    def close(self) -> None:
-        """Close the files."""
-        self._rows.close()
-        self._tokens.close()
-
-    def describe(self) -> dict:
-        """Return counts, the longest conversation, and a histogram of lengths in tokens."""
-        return dict(self.counts) | {
-            "longest": max(self._lengths),
-            "lengths": build_histogram(self._lengths),
-        }
+def write_splits(parts: list[Path], staging: Path) -> dict[str, dict]:
+    """Put the parts together; returns the counts of both splits as the report has them."""
+    splits: dict[str, dict] = {split: {} for split in SPLITS}
+    for part in parts:
+        add_counts(splits, read_account(part)["splits"])
+    for split, counts in splits.items():
+        if not counts["conversations"]:
+            raise BadData(
+                f"--dataset: nothing is left for {split}; take a larger sample or another --overlong"
+            )
+        for name in (f"{split}.jsonl", f"{split}_tokenized.jsonl"):
+            join_files(parts, name, staging / name)
+        for histogram in ("lengths", "learned_shares"):
+            counts[histogram] = dict(sorted(counts[histogram].items(), key=lambda item: int(item[0])))
+    return splits
 
 
-def count_overlap(folder: Path) -> int:
-    """Return how many training conversations stand in val too, counted in the files themselves."""
-    with open(folder / "val.jsonl", "rb") as val, open(folder / "train.jsonl", "rb") as train:
-        held_out = {hash(line) for line in val}
-        return sum(hash(line) in held_out for line in train)
-
-
-def _open_new(path: Path) -> TextIO:
-    return open(path, "w", encoding="utf-8", newline="\n")
-
-
-def build_histogram(lengths: Counter[int]) -> dict[str, int]:
-    """Sort lengths into bins up to 16, 32, 64, ... tokens.
-
-    Returns:
-        conversations by the upper end of the bin, shortest first.
-    """
-    bins: Counter[int] = Counter()
-    for length, count in lengths.items():
-        bins[max(16, 1 << (length - 1).bit_length())] += count
-    return {str(end): bins[end] for end in sorted(bins)}
+def find_overlap(parts: list[Path], work: Work) -> int:
+    """Return how many training conversations stand in val too, by the hashes of what was written."""
+    for split in SPLITS:
+        join_files(parts, f"{split}_hashes.bin", work.folder / f"{split}_hashes.bin")
+    held_out = sort_hashes(work.folder / "val_hashes.bin", work.folder / "val_sorted.bin")
+    return count_overlap(open_hashes(work.folder / "train_hashes.bin"), held_out)
 
 
 # --- what people see
 
 
 def print_summary(out_dir: Path, report: dict) -> None:
-    """Print the account of the rows and the size of both splits."""
-    rows, splits = report["rows"], report["splits"]
-    tokens, learned, longer, lost = (
-        sum(counts[name] for counts in splits.values())
-        for name in ("tokens", "learned_tokens", "longer_than_seq_len", "tokens_of_longer")
-    )
-    table = [
-        ("rows read", rows["read"]),
-        ("kept", rows["kept"]),
-        *((f"rejected, {reason}", count) for reason, count in rows["rejected"].items()),
-        ("duplicates (kept)", rows["duplicates"]),
-        *((f"column ignored, {name}", count) for name, count in rows["ignored_columns"].items()),
-        ("on both sides", report["on_both_sides"]),
-        ("tokens", tokens),
-        ("learned tokens", f"{learned:,} ({learned / tokens:.1%})"),
-        ("longest", f"{max(counts['longest'] for counts in splits.values()):,} tokens"),
-        (f"longer than {report['seq_len']:,}", f"{longer:,} conversations, {lost:,} tokens"),
-    ]
-    for split, counts in splits.items():
+    """Print the account of the rows and tokens, and the size of both splits."""
+    table = [*list_rows(report), *list_tokens(report)]
+    for split, counts in report["splits"].items():
         shown = f"{counts['conversations']:,} conversations, {counts['tokens']:,} tokens"
         table.append((split, shown))
+    if len(report["datasets"]) > 1 or report["datasets"][0]["weight"] != 1:
+        for drawn in report["datasets"]:
+            shown = f"weight {drawn['weight']:g}, {drawn['kept']:,} rows, {drawn['tokens']:,} tokens"
+            table.append((drawn["dataset"], shown))
     print(f"{out_dir}\n{prep.format_table(table)}")
 
 
-def format_learned(out_dir: Path, count: int, *, in_colour: bool) -> Iterator[str]:
-    """Yield the first conversations of `train_tokenized.jsonl` with what is learned marked.
-
-    The text is decoded from the very arrays that training reads: green on a terminal, else in [ ].
-    """
-    if not count:
-        return
-    tokenizer = load_tokenizer(out_dir)
-    begin, end = (LEARNED_COLOUR, PLAIN_COLOUR) if in_colour else ("[", "]")
-    with open(out_dir / "train_tokenized.jsonl", encoding="utf-8") as lines:
-        for number, line in zip(range(1, count + 1), lines, strict=False):
-            row = json.loads(line)
-            yield f"\n--- conversation {number}: {len(row['input_ids'])} tokens"
-            yield _mark_learned(row["input_ids"], row["assistant_masks"], tokenizer, begin, end)
+def list_rows(report: dict) -> list[tuple[str, object]]:
+    """Return the lines of the account of rows."""
+    rows = report["rows"]
+    return [
+        ("rows read", rows["read"]),
+        ("kept", rows["kept"]),
+        *((f"rejected, {reason}", count) for reason, count in rows["rejected"].items()),
+        *((f"dropped, {reason}", count) for reason, count in rows["dropped"].items() if count),
+        ("duplicates (kept)", rows["duplicates"]),
+        *((f"column ignored, {name}", count) for name, count in rows["ignored_columns"].items()),
+        ("on both sides", report["on_both_sides"]),
+    ]
 
 
-def _mark_learned(ids: list[int], mask: list[int], tokenizer: Tokenizer, begin: str, end: str) -> str:
-    """Decode in runs that are learned or not, so that no character is torn; a turn a line."""
-    shown, run = [], []
-    for token, learned, next_learned in zip(ids, mask, [*mask[1:], None], strict=True):
-        run.append(token)
-        if learned != next_learned or token == tokenizer.end_id:
-            text = mask_control(tokenizer.decode(run))
-            shown.append(f"{begin}{text}{end}" if learned else text)
-            shown.append("\n" if token == tokenizer.end_id else "")
-            run.clear()
-    return "".join(shown)
+def list_tokens(report: dict) -> list[tuple[str, object]]:
+    """Return the lines of the account of tokens."""
+    total = {}
+    for counts in report["splits"].values():
+        add_counts(total, counts)
+    learned = f"{total['learned_tokens']:,} ({total['learned_tokens'] / total['tokens']:.1%})"
+    longer = f"{total['longer_than_seq_len']:,} conversations, {total['tokens_of_longer']:,} tokens"
+    lines = [
+        ("tokens", total["tokens"]),
+        ("learned tokens", learned),
+        ("longest", f"{total['longest']:,} tokens"),
+        (f"longer than {report['seq_len']:,}", longer),
+    ]
+    if report["overlong"] != "keep":
+        lost = f"{total['tokens_dropped']:,} of {total['tokens_read']:,} tokens, learned ones among them: "
+        lines.append((f"lost to --overlong {report['overlong']}", f"{lost}{total['learned_dropped']:,}"))
+        if total["cut_in_reply"]:
+            lines.append(("cut within a reply", total["cut_in_reply"]))
+    return lines
+
+
+def build_page(report: dict) -> str:
+    """Return the report as an HTML page: its tables, and pictures of drops, mix, lengths and shares."""
+    rows, datasets = report["rows"], report["datasets"]
+    drops = {reason: count for reason, count in (rows["rejected"] | rows["dropped"]).items() if count}
+    header = ("dataset", "weight", "licence", "rows read", "kept", "conversations", "tokens", "learned")
+    table = format_html_table(header, (drawn.values() for drawn in datasets))
+    mix = draw_bars({str(drawn["dataset"]): drawn["tokens"] for drawn in datasets})
+    sections = [
+        ("Rows", format_html_table((), list_rows(report))),
+        ("Rows that were dropped", draw_bars(drops) if drops else "<p>None.</p>"),
+        ("Tokens", format_html_table((), list_tokens(report))),
+        ("Where they come from: tokens of each dataset", mix + table),
+    ]
+    for split, counts in report["splits"].items():
+        sections.append((f"{split}: conversations of up to so many tokens", draw_columns(counts["lengths"])))
+        shares = {f"{end} %": count for end, count in counts["learned_shares"].items()}
+        sections.append((f"{split}: conversations of which up to so much is learned", draw_columns(shares)))
+    return format_page(f"Data report: {', '.join(report['command']['dataset'])}", sections)
+
+
+def show_data(args: argparse.Namespace) -> None:
+    """Show what `--show` and `--show_html` ask for, from the arrays that were written."""
+    seq_len = args.seq_len or SEQ_LEN
+    if args.show:
+        for line in show.format_learned(args.out_dir, args.show, in_colour=sys.stdout.isatty()):
+            print(line)
+        for line in show.format_packing(args.out_dir, seq_len, args.show):
+            print(line)
+    if args.show_html:
+        page = show.build_token_page(args.out_dir, seq_len, args.show or SHOWN_ON_PAGE)
+        write_text(args.show_html, page)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from firstwords import prep, pydocs, tokenstore
 from firstwords.args import build_parser, run_main
 from firstwords.atomic import stage_folder
-from firstwords.errors import BadData, MissingInput
+from firstwords.errors import BadData, BadFlag, MissingInput
 from firstwords.schema import RowError, format_row
 from firstwords.sources import SPLIT_DOCS, Document, Sample, find_place, read_texts
 from firstwords.template import CHAT_TEMPLATE
@@ -73,6 +73,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="installed packages whose docstrings pydocs has too; a requirements.txt names many",
     )
     args = parser.parse_args(argv)
+    if [dataset.weight for dataset in args.dataset] != [1]:
+        raise BadFlag("--dataset: a mix of several or of weights is not read here yet; give one")
+    args.dataset = args.dataset[0].name
     args.tokenizer = args.tokenizer or ("bpe:4096" if args.dataset == "pydocs" else "gpt2")
     if args.dataset == "pydocs":
         prep.refuse_flags(args, ("dataset_config", "split", "text_column"), "pydocs has none")

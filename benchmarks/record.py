@@ -32,6 +32,8 @@ ROWS = {
     "false_unknown": "real names not known: at most 0.02",
     "stage_a_gain": "val loss of stage B from random weights less that from stage A's, at equal steps",
     "stage_a_gain_equal_time": "the same at equal total time",
+    "prep_data_vs_trl": "rows/s of prep_data.py over TRL's preparation, 2 processes each: 5",
+    "reject_lines_per_s": "lines/s read, checked, hashed, bad ones listed, 2 processes: 50,000",
     "train_gpu": "tokens/s on a GPU",
 }
 

@@ -4,14 +4,18 @@ The package in floors; a module imports only from lower ones, and modules of a f
 another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 to 2 need no torch.
 
     0  schema       CONTRACT: the conversation row
+    0  hashes       contents -> 8-byte hashes, sorted on disk: copies, the split
     0  tokenstore   CONTRACT: the token store of stage A
     0  parts        units of work -> parts on disk, in processes, gone on with after a kill
+    1  pages        figures -> an HTML page with tables and pictures
     1  pydocs       the embedded corpus: the documentation of the installed Python
     1  tokenizer    GPT-2's BPE, own BPE, characters; control tokens
     1  sources      rows of any known shape -> conversations; texts -> documents
     1  packing      lengths -> fixed rows
     1  prep         what both prep scripts share: flags, rejected rows, finished folders
     2  template     CONTRACT: conversation -> ids and mask
+    2  show         prepared conversations -> what a person sees of them
+    3  conversations  rows -> conversations and their tokens, in parts
     3  model        configuration -> GPT2LMHeadModel, and its loss
     3  optimizer    Muon and AdamW as one
     4  dataset      prepared data -> rows of tensors

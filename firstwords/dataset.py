@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 from firstwords import tokenstore
 from firstwords.errors import BadData, BadFlag, MissingInput
 from firstwords.model import IGNORED
-from firstwords.packing import pack_rows
+from firstwords.packing import choose_lengths, pack_rows
 from firstwords.tokenizer import Tokenizer
 
 LN2 = float(np.log(2))
@@ -192,7 +192,8 @@ class PackedChats(Dataset):
         self.chats, self.seq_len, self.seed, self.pad_id = chats, seq_len, seed, tokenizer.pad_id
         self.hash = chats.hash
         self.learned = choose_learned(chats, assistant_only)
-        kept, self.lengths = _apply_overlong(chats, self.learned, seq_len, overlong)
+        self.lengths = choose_lengths(chats.starts, self.learned, seq_len, overlong)
+        kept = np.flatnonzero(self.lengths)
         self.dropped_tokens = int(len(chats.ids) - self.lengths.sum())
         self.num_overlong = int((chats.lengths > seq_len).sum())
         if not len(kept):
@@ -250,20 +251,6 @@ def choose_learned(chats: Chats, assistant_only: bool) -> np.ndarray:
     learned = chats.masks.copy() if assistant_only else np.ones(len(chats.ids), dtype=bool)
     learned[chats.starts[:-1]] = False
     return learned
-
-
-def _apply_overlong(
-    chats: Chats, learned: np.ndarray, seq_len: int, overlong: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the conversations that stay, and the tokens of each that are used (0 where it goes)."""
-    lengths = chats.lengths.copy()
-    if overlong == "truncate":
-        lengths = np.minimum(lengths, seq_len)
-    else:
-        lengths[lengths > seq_len] = 0
-    sums = np.concatenate([[0], np.cumsum(learned)])
-    lengths[sums[chats.starts[:-1] + lengths] == sums[chats.starts[:-1]]] = 0
-    return np.flatnonzero(lengths), lengths
 
 
 def bits_per_byte_factor(ids: np.ndarray, tokenizer: Tokenizer) -> float:

@@ -33,7 +33,7 @@ from firstwords.atomic import (
     sweep_leftovers,
     write_text,
 )
-from firstwords.errors import IOFailed
+from firstwords.errors import BadData, BadFlag, IOFailed, MissingInput
 
 Unit = TypeVar("Unit")
 # Writes the part of a unit into a folder. Pickled once for each process, so it may be large.
@@ -58,6 +58,11 @@ class Work:
         """Return where the part of a unit is or will be."""
         return self.folder / f"part-{number:06d}"
 
+    def stage(self, name: str) -> "Work":
+        """Return the place of the parts of another pass."""
+        (self.folder / name).mkdir(exist_ok=True)
+        return Work(self.folder / name)
+
     def count_parts(self) -> int:
         """Return how many parts are there."""
         return sum(1 for _ in self.folder.glob("part-*"))
@@ -65,7 +70,10 @@ class Work:
 
 @contextmanager
 def open_work(out_dir: Path, plan: dict) -> Iterator[Work]:
-    """Open the work folder beside `out_dir`, locked; it stays until `finish_work` unless it is empty.
+    """Open the work folder beside `out_dir`, locked.
+
+    It stays until `finish_work`, unless it is empty or the same command would fail again: for bad data,
+    flags or input.
 
     Args:
         plan: all that decides what is in the parts, as JSON can hold it: an unfinished work of another
@@ -81,9 +89,12 @@ def open_work(out_dir: Path, plan: dict) -> Iterator[Work]:
         write_text(folder / PLAN, format_json(plan))
         try:
             yield work
+        except (BadData, BadFlag, MissingInput):
+            finish_work(work)
+            raise
         finally:
             if folder.exists() and not work.count_parts():
-                remove_folder(folder)
+                finish_work(work)
 
 
 def _clear_other(folder: Path, plan: dict) -> str | None:

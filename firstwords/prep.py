@@ -11,10 +11,15 @@ for, and a folder that no prep script made is never touched.
 import argparse
 import hashlib
 import json
+import os
+import random
+import re
 from array import array
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,16 +27,27 @@ from firstwords.atomic import format_json, hash_file, sweep_leftovers
 from firstwords.errors import BadData, BadFlag, CannotCreate
 from firstwords.schema import RowError, format_row, mask_control
 
+T = TypeVar("T")
+
 REJECTS = "rejects.jsonl"
 SHOWN_REJECTS = 20
 # Flags that do not change what is written.
-FREE_FLAGS = ("out_dir", "overwrite", "debug", "show")
+FREE_FLAGS = ("out_dir", "overwrite", "debug", "show", "show_html", "num_proc")
 
 
 def add_source_flags(parser: argparse.ArgumentParser, *, dataset_help: str) -> None:
     """Add the flags that say what is read, how it is split, and where it goes."""
     add = parser.add_argument
-    add("--dataset", required=True, metavar="NAME|PATH|pydocs", help=dataset_help)
+    add(
+        "--dataset",
+        required=True,
+        action="append",
+        type=parse_dataset,
+        metavar="NAME|PATH|pydocs[:WEIGHT]",
+        help=f"{dataset_help}; several times for a mix. A weight, 1 by default, says how often each row "
+        "is taken: of B:0.3 each row with 30 %% chance, by seed; of B:2.3 all rows twice, and 30 %% of "
+        "them once more",
+    )
     add("--out_dir", required=True, type=Path, metavar="DIR", help="the folder to make")
     add("--dataset_config", metavar="NAME", help="config of a Hub set (`en` of c4)")
     add(
@@ -44,7 +60,7 @@ def add_source_flags(parser: argparse.ArgumentParser, *, dataset_help: str) -> N
         "--max_samples",
         type=int,
         metavar="N",
-        help="draw N rows by seed from all (of a Hub set: from a shuffle buffer of 10,000)",
+        help="draw N rows by seed from all of each --dataset (of a Hub set: from a shuffle buffer of 10,000)",
     )
     add("--sample_pct", type=float, metavar="P", help="keep each row with P %% chance, by seed")
     add("--seed", type=int, default=0, help="of the sample and of the split, default 0")
@@ -55,6 +71,62 @@ def add_source_flags(parser: argparse.ArgumentParser, *, dataset_help: str) -> N
         "are listed in rejects.jsonl either way",
     )
     add("--overwrite", action="store_true", help="replace an --out_dir that this script made")
+    add(
+        "--num_proc",
+        type=parse_count,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes, default one for each core; the files are the same with any number",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One `--dataset`: what is read, and how often each of its rows is taken."""
+
+    name: str
+    weight: float = 1.0
+
+    def __str__(self) -> str:
+        return self.name if self.weight == 1 else f"{self.name}:{self.weight:g}"
+
+    def read(self, read: Callable[[], Iterator[T]], seed: int) -> Iterator[tuple[bool, Iterator[T]]]:
+        """Yield one reading after the other until the weight is used up.
+
+        Args:
+            read: begins to read the rows anew.
+            seed: of the draw for what is left of the weight behind the point.
+
+        Yields:
+            `(is_repeat, rows)`; a repeat reads what was read before.
+        """
+        whole = int(self.weight)
+        for number in range(whole):
+            yield number > 0, read()
+        if share := round(self.weight - whole, 9):
+            draw = random.Random(f"weight {seed}").random
+            yield whole > 0, (row for row in read() if draw() < share)
+
+
+def parse_dataset(text: str) -> Dataset:
+    """Parse `NAME` or `NAME:WEIGHT`; what is the path of something that is there is a name."""
+    name, colon, weight = text.rpartition(":")
+    if not colon or name in ("", "hub") or not re.fullmatch(r"[-+.\de]*", weight) or Path(text).exists():
+        return Dataset(text)
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} has the weight {weight!r}; give a number above 0")
+    return Dataset(name, value)
+
+
+def parse_count(text: str) -> int:
+    """Parse a whole number of 1 or more."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
 
 
 def parse_percent(text: str) -> float:
@@ -85,14 +157,18 @@ def refuse_out_dir_inside(dataset: str, out_dir: Path) -> None:
     Raises:
         BadFlag: when it lies in the folder that is read.
     """
-    folder = Path(dataset).resolve()
+    folder = Path(dataset).expanduser().resolve()
     if folder.is_dir() and out_dir.resolve().is_relative_to(folder):
         raise BadFlag(f"--out_dir: {out_dir} lies in --dataset {dataset}; name a folder outside")
 
 
 def describe_flags(args: argparse.Namespace) -> dict:
     """Return the flags that decide what is written, as a report keeps them."""
-    return {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    return {
+        name: [str(item) for item in value] if isinstance(value, list) else value
+        for name, value in vars(args).items()
+        if name not in FREE_FLAGS
+    }
 
 
 class Rejects:

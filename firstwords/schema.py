@@ -12,9 +12,10 @@ has a reason why not. The shape is the one TRL and OpenAI's fine-tuning files us
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count, cycle
+from json.encoder import encode_basestring
 from pathlib import Path
 
 
@@ -61,17 +62,19 @@ def parse_conversation(row: dict) -> list[Message]:
 def _parse_message(turn, place: int) -> Message:
     if not isinstance(turn, dict):
         raise RowError("bad_turn", f"turn {place} must be an object, but is {_kind(turn)}")
-    missing = [key for key in ("role", "content") if key not in turn]
-    if missing:
-        raise RowError("missing_key", f"turn {place} has no {missing[0]!r}, only {sorted(turn)}")
-    role, content = turn["role"], turn["content"]
+    try:
+        role, content = turn["role"], turn["content"]
+    except KeyError as missing:
+        raise RowError("missing_key", f"turn {place} has no {missing}, only {list_names(turn)}") from None
     if role not in ("system", "user", "assistant"):
-        raise RowError("unknown_role", f"turn {place} has the role {role!r}")
+        raise RowError("unknown_role", f"turn {place} has the role {role!r:.60}")
     if not isinstance(content, str):
-        raise RowError("bad_content", f"turn {place} ({role}) is {_kind(content)}, not a string")
-    if not content.strip():
+        reason = "null_content" if content is None else "bad_content"
+        raise RowError(reason, f"turn {place} ({role}) is {_kind(content)}, not a string")
+    if not content or content.isspace():
         raise RowError("empty_turn", f"turn {place} ({role}) is empty")
-    check_text(content, f"turn {place} ({role})")
+    if "\0" in content or not content.isascii():  # what is ASCII has no surrogates
+        check_text(content, f"turn {place} ({role})")
     return Message(role, content)
 
 
@@ -104,37 +107,58 @@ def mask_control(text: str) -> str:
 
 def _check_order(roles: list[str]) -> None:
     if "assistant" not in roles:
-        raise RowError("no_assistant", f"no assistant turn to learn from; the roles are {roles}")
+        raise RowError("no_assistant", f"no assistant turn to learn from; the roles are {roles[:9]}")
     first = int(roles[0] == "system")
     expected = cycle(("user", "assistant"))
     for place, role, wanted in zip(count(first + 1), roles[first:], expected, strict=False):
         if role != wanted:
-            raise RowError("bad_order", f"turn {place} is the {role}'s where the {wanted}'s belongs")
+            twice = place > 1 and roles[place - 2] == role
+            reason = "same_role_twice" if twice else "bad_order"
+            raise RowError(reason, f"turn {place} is the {role}'s where the {wanted}'s belongs")
     if roles[-1] != "assistant":
         raise RowError("bad_order", "the last turn must be the assistant's, but is the user's")
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[int, dict | RowError]]:
-    """Read JSON objects strictly, line by line, in constant memory.
-
-    Blank lines, CRLF and a byte order mark are fine.
+    """Read JSON objects strictly, line by line, in constant memory; see `parse_line`.
 
     Yields:
         `(line, row)` with `line` from 1; a `RowError` stands in the row's place when the line is not
         one valid JSON object, so that the caller decides whether to go on.
     """
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if line.strip():
-                yield number, parse_line(line.rstrip(b"\r\n"))
+        for number, line in iter_lines(lines):
+            yield number, parse_line(line)
+
+
+def iter_lines(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Number the lines from 1, without a byte order mark and without blank ones."""
+    for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield number, line
 
 
 def parse_line(line: bytes) -> dict | RowError:
-    """Parse one line strictly; what is wrong with it is returned, not raised."""
+    """Parse one line strictly; what is wrong with it is returned, not raised.
+
+    Args:
+        line: with the end that it has in the file, LF or CRLF. Without one it is the file's last, and
+            if it is not whole, that is because the file breaks off.
+    """
+    row = _parse_object(line)
+    is_broken = isinstance(row, RowError) and row.reason in ("bad_json", "bad_utf8")
+    if is_broken and not line.endswith(b"\n") and line.lstrip().startswith(b"{"):
+        return RowError("truncated", f"the file breaks off within the row ({row})")
+    return row
+
+
+def _parse_object(line: bytes) -> dict | RowError:
+    if b"\0" in line:
+        return RowError("nul", f"holds a NUL at byte {line.index(0)} of the line")
     try:
-        row = _DECODER.decode(line.decode("utf-8"))
+        row = _DECODER.decode(line.decode("utf-8").rstrip("\r\n"))
     except UnicodeDecodeError as error:
         return RowError("bad_utf8", f"not UTF-8 at byte {error.start} of the line")
     except json.JSONDecodeError as error:
@@ -153,9 +177,9 @@ def parse_line(line: bytes) -> dict | RowError:
 def _unique_keys(pairs: list[tuple]) -> dict:
     row = dict(pairs)
     if len(row) < len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise RowError("double_key", f"the key {double!r} stands twice in one object")
+        seen: set[str] = set()
+        double = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise RowError("double_key", f"the key {double!r:.60} stands twice in one object")
     return row
 
 
@@ -171,9 +195,25 @@ def conversation_row(messages: list[Message]) -> dict:
     return {"messages": [{"role": m.role, "content": m.content} for m in messages]}
 
 
+def format_conversation(messages: list[Message]) -> str:
+    """Return `format_row(conversation_row(messages))`, without building the row: 8 times faster."""
+    turns = [f'{{"role": "{m.role}", "content": {encode_basestring(m.content)}}}' for m in messages]
+    return f'{{"messages": [{", ".join(turns)}]}}\n'
+
+
 def format_row(row: dict) -> str:
     """Return `row` as one line of JSON with its newline; non-ASCII text stays readable."""
-    return json.dumps(row, ensure_ascii=False, separators=(", ", ": ")) + "\n"
+    return _ENCODER.encode(row) + "\n"
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
+
+
+def list_names(row: dict) -> str:
+    """Return the keys of a row for a message: sorted, the first ten, none of them endless."""
+    names = sorted(row)
+    more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+    return "[" + ", ".join(f"{name!r:.60}" for name in names[:10]) + f"]{more}"
 
 
 def _kind(value) -> str:

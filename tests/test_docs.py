@@ -285,15 +285,17 @@ STAND_INS = {
 def stand_in(command: Command, folder: Path) -> list[str]:
     """Return the flags of a prep command with a file of ours for its Hub set, below `folder`."""
     args = parse_command(command)
-    assert args.dataset in HUB_NAMES, f"{command}: {args.dataset!r} is none of {sorted(HUB_NAMES)}"
+    name = str(args.dataset[0] if isinstance(args.dataset, list) else args.dataset)
+    assert name in HUB_NAMES, f"{command}: {name!r} is none of {sorted(HUB_NAMES)}"
     rows = [
-        {key: value.replace("{}", str(n)) for key, value in STAND_INS[args.dataset].items()}
+        {key: value.replace("{}", str(n)) for key, value in STAND_INS[name].items()}
         for n in range(200)
     ]
-    dataset = write_rows(folder / f"{args.dataset}.jsonl", rows)
+    dataset = write_rows(folder / f"{name}.jsonl", rows)
     tokenizer = folder / ("seed" if args.tokenizer == "gpt2" else args.tokenizer)
     here = ["--dataset", dataset, "--out_dir", str(folder / args.out_dir), "--tokenizer", str(tokenizer)]
-    without_hub = [word for word in command.flags if word not in ("--dataset_config", args.dataset_config)]
+    hub = ("--dataset", name, "--dataset_config", args.dataset_config)
+    without_hub = [word for word in command.flags if word not in hub]
     # argparse takes the last of a flag that is given twice.
     return [*without_hub, *here]
 

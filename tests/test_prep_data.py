@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 import prep_data
-from firstwords import pydocs
+from firstwords import pydocs, show
+from firstwords.conversations import find_bin
 from firstwords.errors import BadData, BadFlag, CannotCreate, IOFailed, MissingInput
 from firstwords.schema import Message, parse_conversation
 from firstwords.template import CHAT_TEMPLATE, encode_chat
@@ -16,7 +17,7 @@ from firstwords.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer, trai
 
 ROWS = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}."} for n in range(40)]
 FILES = {"train.jsonl", "val.jsonl", "train_tokenized.jsonl", "val_tokenized.jsonl", "tokenizer.json",
-         "tokenizer_config.json", "chat_template.jinja", "data_report.json"}  # fmt: skip
+         "tokenizer_config.json", "chat_template.jinja", "data_report.json", "data_report.html"}  # fmt: skip
 
 
 def write_jsonl(path, rows):
@@ -79,7 +80,9 @@ def test_report_accounts_for_every_row_and_token(tmp_path, run):
         "read": 45,
         "kept": 43,
         "rejected": {"unknown_shape": 1, "empty_turn": 1},
+        "dropped": {"overlong": 0},
         "duplicates": 2,
+        "repeated": 0,
         "shapes": {"question/answer": 42, "Alpaca": 1},
         "ignored_columns": {"id": 1},
     }
@@ -100,8 +103,8 @@ def test_report_accounts_for_every_row_and_token(tmp_path, run):
 
 
 def test_histogram_has_every_length_in_one_bin():
-    histogram = prep_data.build_histogram({1: 1, 16: 2, 17: 4, 32: 8, 33: 16, 1024: 32, 1025: 64})
-    assert histogram == {"16": 3, "32": 12, "64": 16, "1024": 32, "2048": 64}
+    bins = {length: find_bin(length) for length in (1, 16, 17, 32, 33, 1024, 1025)}
+    assert bins == {1: 16, 16: 16, 17: 32, 32: 32, 33: 64, 1024: 1024, 1025: 2048}
 
 
 def test_two_runs_give_the_same_bytes(data, tmp_path, run):
@@ -133,12 +136,6 @@ def test_small_samples_have_a_val_row_too(data, tmp_path, run, wanted):
     report = run(data, tmp_path / "out", "--max_samples", wanted)
     counts = {split: counts["conversations"] for split, counts in report["splits"].items()}
     assert counts == {"train": wanted - 1, "val": 1}
-
-
-def test_overlap_is_counted_in_the_files(tmp_path):
-    (tmp_path / "train.jsonl").write_text("a\nb\nb\n")
-    (tmp_path / "val.jsonl").write_text("b\nc\n")
-    assert prep_data.count_overlap(tmp_path) == 2
 
 
 def test_system_prompt_where_there_is_none(tmp_path, run):
@@ -177,7 +174,7 @@ def test_pydocs_keeps_its_own_split(tmp_path, run, monkeypatch):
     val = read_jsonl(tmp_path / "out" / "val.jsonl")
     assert [row["messages"][0]["content"] for row in val] == ["v0", "v1", "v2", "v3", "v4", "q0 3"]
     assert report["splits"]["train"]["conversations"] == 20
-    assert report["rows"]["shapes"] == {"pydocs": 26}
+    assert report["rows"]["shapes"] == {"messages": 26}
     assert report["on_both_sides"] == 1
     few = run_pydocs(tmp_path / "few", "--max_samples", "3", "--system", "S")
     assert [few["splits"][split]["conversations"] for split in ("train", "val")] == [3, 3]
@@ -246,6 +243,12 @@ def test_one_distinct_conversation_cannot_be_split(tmp_path, run):
         (["--sample_pct", "0"], BadFlag),
         (["--seq_len", "0"], BadFlag),
         (["--show", "-1"], BadFlag),
+        (["--overlong", "drop"], BadFlag),
+        (["--overlong", "cut", "--seq_len", "9"], BadFlag),
+        (["--num_proc", "0"], BadFlag),
+        (["--dataset", "rows.jsonl:0"], BadFlag),
+        (["--dataset", "rows.jsonl:-1"], BadFlag),
+        (["--dataset", "row.jsonl:0.5"], MissingInput),
         (["--system", " "], BadFlag),
         (["--split", "test"], BadFlag),
         (["--sytem", "x"], BadFlag),
@@ -255,8 +258,9 @@ def test_one_distinct_conversation_cannot_be_split(tmp_path, run):
 )
 def test_bad_flags_leave_nothing_behind(data, tmp_path, run, monkeypatch, flags, error):
     monkeypatch.chdir(tmp_path)
+    dataset, flags = (flags[1], flags[2:]) if flags[0] == "--dataset" else ("rows.jsonl", flags)
     with pytest.raises(error):
-        run("rows.jsonl", tmp_path / "out", *flags)
+        run(dataset, tmp_path / "out", *flags)
     assert os.listdir(tmp_path) == ["rows.jsonl"]
 
 
@@ -280,7 +284,7 @@ def test_failure_in_the_middle_leaves_nothing(data, tmp_path, run, monkeypatch, 
     monkeypatch.setattr(Tokenizer, "encode", encode)
     with pytest.raises(raised):
         run(data, tmp_path / "out")
-    assert os.listdir(tmp_path) == ["rows.jsonl"]
+    assert set(os.listdir(tmp_path)) == {"rows.jsonl", ".work-out"}  # from which it goes on
 
 
 # --- the second run
@@ -329,9 +333,9 @@ def test_show_marks_what_the_arrays_say(tmp_path, run, capsys):
     for row in tokenized:
         row["assistant_masks"] = [1 - learned for learned in row["assistant_masks"]]
     write_jsonl(path, tokenized)
-    turned = "\n".join(prep_data.format_learned(tmp_path / "out", 1, in_colour=False))
+    turned = "\n".join(show.format_learned(tmp_path / "out", 1, in_colour=False))
     assert f"[<|user|>ask {number} é<|end|>]\n[<|assistant|>]tell {number} é<|end|>\n" in turned
-    coloured = "\n".join(prep_data.format_learned(tmp_path / "out", 1, in_colour=True))
+    coloured = "\n".join(show.format_learned(tmp_path / "out", 1, in_colour=True))
     assert f"\x1b[32m<|assistant|>\x1b[0mtell {number}" in coloured
 
 

@@ -274,8 +274,9 @@ def test_equal_documents_alone_are_bad_data(tmp_path):
 )
 def test_bad_flags_leave_nothing_behind(corpus, tmp_path, monkeypatch, flags, error):
     monkeypatch.chdir(tmp_path)
+    dataset, flags = (flags[1], flags[2:]) if flags[0] == "--dataset" else ("texts.jsonl", flags)
     with pytest.raises(error):
-        run("texts.jsonl", tmp_path / "out", *flags)
+        run(dataset, tmp_path / "out", *flags)
     assert not (tmp_path / "out" / "train.bin").exists()
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 

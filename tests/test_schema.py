@@ -9,6 +9,7 @@ from firstwords.schema import (
     RowError,
     check_text,
     conversation_row,
+    format_conversation,
     format_row,
     parse_conversation,
     read_jsonl,
@@ -54,7 +55,7 @@ def test_right_rows_are_taken_as_they_stand(row, messages):
         ({"messages": [U, {"role": "assistant"}]}, "missing_key", "turn 2 has no 'content', only ['role']"),
         ({"messages": [turn("hi", "human"), A]}, "unknown_role", "turn 1 has the role 'human'"),
         ({"messages": [turn("hi", ["user"]), A]}, "unknown_role", "turn 1 has the role ['user']"),
-        ({"messages": [turn(None), A]}, "bad_content", "turn 1 (user) is null, not a string"),
+        ({"messages": [turn(None), A]}, "null_content", "turn 1 (user) is null, not a string"),
         ({"messages": [turn([{"type": "text"}]), A]}, "bad_content", "turn 1 (user) is a list"),
         ({"messages": [turn(3), A]}, "bad_content", "turn 1 (user) is a"),
         ({"messages": [turn(""), A]}, "empty_turn", "turn 1 (user) is empty"),
@@ -68,10 +69,10 @@ def test_right_rows_are_taken_as_they_stand(row, messages):
         ({"messages": [U]}, "no_assistant", "the roles are ['user']"),
         ({"messages": [A]}, "bad_order", "turn 1 is the assistant's where the user's belongs"),
         ({"messages": [S, A]}, "bad_order", "turn 2 is the assistant's where the user's belongs"),
-        ({"messages": [U, A, A]}, "bad_order", "turn 3 is the assistant's where the user's belongs"),
-        ({"messages": [U, U, A]}, "bad_order", "turn 2 is the user's where the assistant's belongs"),
+        ({"messages": [U, A, A]}, "same_role_twice", "turn 3 is the assistant's where the user's belongs"),
+        ({"messages": [U, U, A]}, "same_role_twice", "turn 2 is the user's where the assistant's belongs"),
         ({"messages": [U, S, A]}, "bad_order", "turn 2 is the system's where the assistant's belongs"),
-        ({"messages": [S, S, U, A]}, "bad_order", "turn 2 is the system's where the user's belongs"),
+        ({"messages": [S, S, U, A]}, "same_role_twice", "turn 2 is the system's where the user's belongs"),
         ({"messages": [S, U, A], "system": "s"}, "bad_order", "a top-level 'system' stands beside it"),
         ({"messages": [A, U], "system": "s"}, "bad_order", "turn 1 is the assistant's"),
         ({"messages": [U, A, U]}, "bad_order", "the last turn must be the assistant's"),
@@ -145,7 +146,15 @@ def test_a_last_line_that_breaks_off_is_refused(tmp_path):
     rows = read_bytes(tmp_path, good + good[:-8])
     assert rows[0] == (1, json.loads(good))
     assert rows[1][0] == 2
-    assert rows[1][1].reason == "bad_json"
+    assert rows[1][1].reason == "truncated"
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", "é日🎉", '"quoted" back\\slash', "\n\t\x7f\x1f\u2028", "/</script>"]
+)
+def test_a_conversation_is_formatted_as_its_row(text):
+    messages = [Message("system", text), USER, Message("assistant", text)]
+    assert format_conversation(messages) == format_row(conversation_row(messages))
 
 
 def test_reading_is_lazy(tmp_path):

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
+import yaml
+
 from firstwords.atomic import hash_file
 from firstwords.errors import BadData, BadFlag, MissingInput, suggest
 
@@ -250,3 +252,36 @@ def _suggest_path(path: Path) -> str:
 def one_line(error: Exception) -> str:
     """Return an error's text without its line breaks, for the middle of a message of ours."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def read_license(place: Place) -> str | None:
+    """Return the licence that the card of a Hub set states (`license:` at the head of its README.md).
+
+    Returns:
+        its name, several joined by commas; None where there is no card, or none that names one.
+    """
+    card = _find_card(place)
+    if card is None:
+        return None
+    front = re.match(r"---\s*\n(.*?)\n---", card.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    try:
+        stated = yaml.safe_load(front[1]) if front else None
+    except yaml.YAMLError:
+        return None
+    licenses = stated.get("license") if isinstance(stated, dict) else None
+    names = licenses if isinstance(licenses, list) else [licenses]
+    return ", ".join(str(name) for name in names if name) or None
+
+
+def _find_card(place: Place) -> Path | None:
+    folder = Path(os.path.expanduser(place.name))
+    if place.on_hub and not folder.is_dir():
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(place.name, "README.md", repo_type="dataset"))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError):
+            return None
+    card = folder / "README.md"
+    return card if card.is_file() else None

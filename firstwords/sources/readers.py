@@ -1,6 +1,6 @@
 """One file -> rows or texts, each with its line; one reader for each kind of file.
 
-    list(ROW_READERS[".csv"](path))   ->  [(2, {"question": "Why?", "answer": "So."}), ...]
+    list(RAW_READERS[".csv"](path))   ->  [(2, {"question": "Why?", "answer": "So."}), ...]
 
 Invariant: each row or text comes out once, in the order of the file, in the memory of one of them
 (of a `.txt` read whole: of one piece). One that cannot be read stands there as a `RowError`.
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from firstwords.errors import BadData
-from firstwords.schema import RowError, check_text, parse_line, read_jsonl
+from firstwords.schema import RowError, check_text, iter_lines, parse_line
 from firstwords.sources.places import one_line
 
 # A text in pieces that are read once and join to the whole, or why it is none. A piece begins at
@@ -23,19 +23,33 @@ Text = Iterable[str] | RowError
 PIECE_BYTES = 1 << 20  # of a file that is not read by lines
 
 
-def _read_json(path: Path) -> Iterator[tuple[int, dict | RowError]]:
+# A line of JSON as it lies in the file, which nobody has parsed yet, or a row of another format.
+RawRow = bytes | dict | RowError
+
+
+def parse_raw(raw: RawRow) -> dict | RowError:
+    """Parse what a reader of `RAW_READERS` yields; so another process may do it."""
+    return parse_line(raw) if isinstance(raw, bytes) else raw
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
+    with open(path, "rb") as lines:
+        yield from iter_lines(lines)
+
+
+def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
     """A list of rows, in the memory of one row; or one row a line, as many `.json` files are."""
     with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         start = file.read(PIECE_BYTES).lstrip()
     if not start:
         return
-    if start[0] == "{" and isinstance(next(read_jsonl(path))[1], dict):
-        yield from read_jsonl(path)
+    if start[0] == "{" and isinstance(parse_line(next(_read_jsonl(path))[1]), dict):
+        yield from _read_jsonl(path)
         return
     if start[0] != "[":
         raise BadData(f"{path}: begins with {start[:20]!r}; a .json holds a list of rows, or one row a line")
     for line, text in _split_json_list(path):
-        yield line, parse_line(text.encode("utf-8", "surrogateescape"))
+        yield line, text.encode("utf-8", "surrogateescape") + b"\n"
 
 
 def _split_json_list(path: Path) -> Iterator[tuple[int, str]]:
@@ -160,10 +174,10 @@ def _parse_cells(header: list[str], cells: list[str]) -> dict | RowError:
     return dict(zip(header, cells, strict=True))
 
 
-ROW_READERS = {
+RAW_READERS = {
     ".csv": _read_csv,
     ".json": _read_json,
-    ".jsonl": read_jsonl,
+    ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from firstwords.schema import Message, RowError, parse_conversation
+from firstwords.schema import Message, RowError, list_names, parse_conversation
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,7 @@ def find_shape(row: dict) -> Shape:
             return shape
     raise RowError(
         "unknown_shape",
-        f"the columns {sorted(row)} are no known shape; known: "
+        f"the columns {list_names(row)} are no known shape; known: "
         + ", ".join(" + ".join(shape.needed) for shape in SHAPES),
     )
 

@@ -9,14 +9,14 @@ once, as itself or as a `RowError` with its file and line.
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
 from firstwords.errors import BadData, BadFlag, IOFailed, MissingInput
-from firstwords.schema import RowError, check_text
+from firstwords.schema import RowError, check_text, list_names
 from firstwords.sources.places import ROW_SUFFIXES, Place, find_place, one_line
-from firstwords.sources.readers import ROW_READERS, TXT_READERS, Text
+from firstwords.sources.readers import RAW_READERS, TXT_READERS, RawRow, Text, parse_raw
 
 T = TypeVar("T")
 
@@ -28,11 +28,14 @@ TEXT_COLUMNS = ("text", "content", "document", "story", "article", "body")
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    """One row and its address; `line` is from 1 (of Parquet and Hub rows: the row's number)."""
+    """One row and its address; `line` is from 1 (of Parquet and Hub rows: the row's number).
+
+    `row` is a dict or a `RowError`; only `read_raw_rows` leaves lines of JSON as they are.
+    """
 
     file: str
     line: int
-    row: dict | RowError
+    row: RawRow
 
     @property
     def where(self) -> str:
@@ -113,6 +116,18 @@ def read_rows(
     config: str | None = None,
     sample: Sample = EVERYTHING,
 ) -> Iterator[Located]:
+    """Read and parse rows; see `read_raw_rows`."""
+    rows = read_raw_rows(dataset, split=split, config=config, sample=sample)
+    return (replace(located, row=parse_raw(located.row)) for located in rows)
+
+
+def read_raw_rows(
+    dataset: str,
+    *,
+    split: str | None = None,
+    config: str | None = None,
+    sample: Sample = EVERYTHING,
+) -> Iterator[Located]:
     """Read rows from `.jsonl`, `.json` (a list), `.parquet`, `.csv`, folders of those, or the Hub.
 
     Args:
@@ -130,7 +145,7 @@ def read_rows(
 
 def _read_files(place: Place) -> Iterator[Located]:
     for file in place.files:
-        for line, row in ROW_READERS[file.suffix.lower()](file):
+        for line, row in RAW_READERS[file.suffix.lower()](file):
             yield Located(str(file), line, row)
 
 
@@ -204,6 +219,7 @@ def _read_documents(place: Place, text_column: str | None, split_docs: str) -> I
                 yield Document(str(file), line, pieces)
         else:
             rows = _read_files(Place(place.name, (file,)))
+            rows = (replace(row, row=parse_raw(row.row)) for row in rows)
             yield from _pick_texts(rows, text_column)
 
 
@@ -229,7 +245,7 @@ def _guess_text_column(located: Located) -> str:
 
 def _parse_text(row: dict, column: str) -> Text:
     if column not in row:
-        return RowError("missing_key", f"has no {column!r}, only {sorted(row)}")
+        return RowError("missing_key", f"has no {column!r}, only {list_names(row)}")
     text = row[column]
     if not isinstance(text, str):
         return RowError("bad_content", f"{column!r} is a {type(text).__name__}, not a string")
