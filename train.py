@@ -7,8 +7,10 @@
       --seq_len 256 --batch_size 16 --max_steps 2000
 
 The same command again goes on from the last checkpoint. Ctrl-C or SIGTERM saves first (exit 75).
+A NaN stops the run before it spoils anything (exit 70); --on_nan rollback goes back and leaves its batch out.
 """
 
+import gc
 import json
 import os
 import platform
@@ -19,8 +21,9 @@ from pathlib import Path
 from pickle import UnpicklingError
 
 from firstwords import atomic
-from firstwords.args import TrainFlags, parse_train_args, run_main
+from firstwords.args import TrainFlags, parse_train_args, print_line, run_main
 from firstwords.errors import (
+    BadBatch,
     BadData,
     BadFlag,
     CannotCreate,
@@ -32,6 +35,7 @@ from firstwords.errors import (
     Stopped,
     suggest,
 )
+from firstwords.signals import StopWish
 
 MODELS = Path(__file__).parent / "configs" / "models"
 
@@ -43,7 +47,10 @@ FREE_FLAGS = {
     *("data_dir", "model_dir", "init_model_dir", "recipe", "resume", "allow_change", "debug", "device"),
     *("cfg", "tokenizer", "log_steps", "save_steps", "eval_steps", "save_total_limit"),
     *("sample_prompts", "epochs", "max_steps", "keep_text", "eval_tasks", "hellaswag_data", "report_to"),
+    *("on_nan", "max_rollbacks"),
 }
+# Packages of which another version may compute another number.
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 
 
 def main(argv: list[str]) -> None:
@@ -51,14 +58,41 @@ def main(argv: list[str]) -> None:
     flags, extra = parse_train_args(argv, __doc__)
     check_flags(flags)
     is_new = not flags.model_dir.exists()
+    wish = StopWish(flags.model_dir)
     with atomic.lock_folder(flags.model_dir):
         atomic.sweep_leftovers(flags.model_dir)
         try:
-            train(flags, extra)
+            train_and_go_back(flags, extra, wish)
         except FirstwordsError:
             if is_new and [path.name for path in flags.model_dir.iterdir()] == [".lock"]:
                 shutil.rmtree(flags.model_dir)
             raise
+
+
+def train_and_go_back(flags: TrainFlags, extra: dict, wish: StopWish) -> None:
+    """Train; with `--on_nan rollback` go back for each batch that breaks a step, and leave it out.
+
+    What was left out stands in the manifest of every checkpoint from then on. A run that is killed before
+    the first of them meets the same batch again, and ends in the same bytes.
+
+    Raises:
+        BadBatch: when that may not be done, or not once more.
+        Stopped: when a signal ended the start-up, whatever a library made of it.
+    """
+    skipped = ()
+    while True:
+        try:
+            train(flags, extra, wish, skipped)
+            return
+        except BadBatch as error:
+            if flags.on_nan == "stop" or len(error.skipped) > flags.max_rollbacks:
+                raise
+            skipped = error.skipped
+            print_line(f"rollback {len(skipped)} of {flags.max_rollbacks}: {error}", sys.stderr)
+        except Exception:
+            wish.check_startup()
+            raise
+        gc.collect()  # two models would not fit
 
 
 def check_flags(flags: TrainFlags) -> None:
@@ -85,16 +119,22 @@ def check_flags(flags: TrainFlags) -> None:
             raise BadFlag(f"--{name}: is {getattr(flags, name)}; give {least} or more")
     if not flags.lr > 0:
         raise BadFlag(f"--lr: is {flags.lr}; give a number above 0")
-    for name in ("eval_steps", "warmup_steps", "decay_steps", "weight_decay", "min_lr_ratio", "seed"):
+    counts = ("eval_steps", "seed", "max_rollbacks")
+    for name in (*counts, "warmup_steps", "decay_steps", "weight_decay", "min_lr_ratio"):
         value = getattr(flags, name)
         if value is not None and not value >= 0:
             raise BadFlag(f"--{name}: is {value}; give 0 or more")
 
 
-def train(flags: TrainFlags, extra: dict) -> None:
-    """Build everything, train, and end with the finished model in the run folder."""
-    import torch
+def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ...]) -> None:
+    """Build everything, train, and end with the finished model in the run folder.
 
+    Args:
+        flags: ours.
+        extra: fields of `TrainingArguments` beside them.
+        wish: ends the start-up, and later asks for a save.
+        skipped: batches to leave out, beside those that the checkpoint names.
+    """
     from firstwords import checkpoint, trainer
     from firstwords.dataset import collate, open_train, open_val
     from firstwords.model import quiet_transformers
@@ -109,11 +149,13 @@ def train(flags: TrainFlags, extra: dict) -> None:
     val_set = open_val(flags.data_dir, tokenizer, flags.seq_len, **options)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     max_steps = trainer.count_steps(flags, train_set.rows_per_epoch, world_size)
-    meta = build_meta(flags, extra, model.config, train_set, tokenizer, parent, max_steps, world_size)
+    data = {"data": train_set.hash, "val_data": val_set.hash}
+    meta = build_meta(flags, extra, model.config, train_set, data, tokenizer, parent, max_steps, world_size)
     resumed = find_resumed(flags, meta.fixed)
     if checkpoint.read_step(resumed) >= max_steps:
         close_run(flags, resumed)
         return
+    check_disk(flags, model, max_steps)
     run = trainer.RunTrainer(
         model,
         trainer.build_training_arguments(flags, extra, max_steps),
@@ -123,24 +165,59 @@ def train(flags: TrainFlags, extra: dict) -> None:
         meta=meta,
         collate=collate,
         optimizer_cls_and_kwargs=trainer.choose_optimizer(flags),
+        skipped=skipped or read_skipped(resumed),
     )
     log = add_callbacks(run, flags, tokenizer, first_step=checkpoint.read_step(resumed))
+    run.add_callback(trainer.StopOnSignal(wish))
     announce(log, flags, run, resumed)
-    stop = trainer.StopOnSignal()
-    run.add_callback(stop)
+    wish.check_startup()
+    wish.defer()
     try:
         run.train(resume_from_checkpoint=str(resumed) if resumed else None)
-    except torch.OutOfMemoryError:
-        raise OutOfMemory(
-            f"--batch_size {flags.batch_size} rows of --seq_len {flags.seq_len} do not fit; halve "
-            "--batch_size and double --grad_accum: the steps stay the same"
-        ) from None
+        finish(run, flags, log, wish)
     except UnpicklingError:
         raise Damaged(
             f"{resumed}: its state holds other things than numbers, and is not loaded; begin anew with "
             f"--init_model_dir {resumed}"
         ) from None
-    finish(run, flags, log, stop)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"--batch_size {flags.batch_size} rows of --seq_len {flags.seq_len} do not fit; halve "
+            "--batch_size and double --grad_accum: the steps stay the same. What was saved is there, and is "
+            "gone on from with --allow_change batch_size,grad_accum"
+        ) from None
+    finally:
+        log.close()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether a GPU or the machine had no memory left; torch has a class for the GPU alone."""
+    from torch import OutOfMemoryError
+
+    kinds = (OutOfMemoryError, MemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def check_disk(flags: TrainFlags, model, max_steps: int) -> None:
+    """Refuse a run whose checkpoints will not fit on the disk, now and not at the first save."""
+    from firstwords import preflight
+
+    num_saves = -(-max_steps // flags.save_steps)
+    preflight.check_disk(
+        flags.model_dir,
+        num_checkpoints=min(flags.save_total_limit + 1, num_saves),
+        model_bytes=preflight.count_model_bytes(model),
+        state_bytes=preflight.count_state_bytes(model, flags.optim),
+    )
+
+
+def read_skipped(resumed: Path | None) -> tuple[int, ...]:
+    """Return the batches that the run has left out up to a checkpoint."""
+    from firstwords import checkpoint
+
+    return tuple(checkpoint.read_manifest(resumed).get("skipped", ())) if resumed else ()
 
 
 def close_run(flags: TrainFlags, folder: Path) -> None:
@@ -149,7 +226,8 @@ def close_run(flags: TrainFlags, folder: Path) -> None:
 
     if not checkpoint.is_complete(flags.model_dir):
         checkpoint.publish_final(folder, flags.model_dir)
-    print(f"{flags.model_dir}: finished at step {checkpoint.read_step(folder)}; nothing to do")
+    line = f"{flags.model_dir}: finished at step {checkpoint.read_step(folder)}; nothing to do"
+    print_line(line, sys.stdout)
 
 
 def choose_device(flags: TrainFlags) -> str:
@@ -239,7 +317,7 @@ def check_parent(folder: Path, model, tokenizer) -> dict:
         )
     manifest = checkpoint.read_manifest(folder)
     if not manifest:
-        print(f"{folder}: has no manifest, its files were not verified")
+        print_line(f"{folder}: has no manifest, its files were not verified", sys.stdout)
         return {"longest_row": model.config.n_positions, "weights": "not verified"}
     return {
         "step": manifest["step"],
@@ -257,7 +335,7 @@ def check_context(flags: TrainFlags, model) -> None:
         )
 
 
-def build_meta(flags, extra, config, train_set, tokenizer, parent, max_steps, world_size):
+def build_meta(flags, extra, config, train_set, data, tokenizer, parent, max_steps, world_size):
     """Return what every manifest of the run says; `compare` in it is what resuming holds fast."""
     from firstwords import trainer
     from firstwords.model import CONFIG_KEYS
@@ -267,12 +345,12 @@ def build_meta(flags, extra, config, train_set, tokenizer, parent, max_steps, wo
     compare = {
         **{name: str(value) for name, value in sorted(held.items())},
         "max_steps": str(max_steps),
-        "data": train_set.hash,
+        **data,
         "tokenizer": tokenizer.hash,
         "init_weights": parent.get("weights", "random"),
         "world_size": str(world_size),
     }
-    packages = ("torch", "transformers", "accelerate", "tokenizers")
+    versions = {name: version(name) for name in PACKAGES}
     fixed = {
         "format": "firstwords-checkpoint-1",
         "max_steps": max_steps,
@@ -281,9 +359,9 @@ def build_meta(flags, extra, config, train_set, tokenizer, parent, max_steps, wo
         "data_dir": str(flags.data_dir),
         "sources": read_sources(flags.data_dir),
         "flags": {name: str(value) for name, value in vars(flags).items() if value is not None} | extra,
-        "compare": compare,
+        "compare": compare | versions,
         "parent": {"from": flags.init_model_dir, **parent} if parent else None,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | versions,
     }
     fixed["flags"].pop("model_dir")
     rows = trainer.rows_per_step(flags, world_size)
@@ -318,9 +396,12 @@ def find_resumed(flags: TrainFlags, fixed: dict) -> Path | None:
     else:
         folder, passed_over = checkpoint.find_resumable(flags.model_dir)
         for reason in passed_over:
-            print(f"passed over: {reason}", file=sys.stderr)
+            print_line(f"passed over: {reason}", sys.stderr)
     if folder is not None:
-        compare_runs(flags, checkpoint.read_manifest(folder)["compare"], fixed["compare"])
+        theirs = checkpoint.read_manifest(folder)["compare"]
+        if checkpoint.read_step(folder) >= fixed["max_steps"]:  # nothing will be computed
+            theirs = theirs | {name: fixed["compare"][name] for name in PACKAGES}
+        compare_runs(flags, theirs, fixed["compare"])
         checkpoint.set_aside(flags.model_dir, checkpoint.read_step(folder))
     if folder == flags.model_dir and checkpoint.read_step(folder) < fixed["max_steps"]:
         raise Mismatch(
@@ -359,6 +440,7 @@ def add_callbacks(run, flags: TrainFlags, tokenizer, *, first_step: int):
     if not prompts and is_text(flags):
         prompts = samples.find_beginnings(run.eval_dataset, tokenizer, 3)
     log = trainer.RunLog(flags.model_dir, first_step)
+    run.warn = log.say
     config = run.meta.fixed["flags"] | {"data": run.train_dataset.hash}
     log.writer = monitor.Writers(
         log.writer, *(monitor.Reporter(name, flags.model_dir, config) for name in reporters)
@@ -478,7 +560,7 @@ def announce(log, flags: TrainFlags, run, resumed: Path | None) -> None:
         log.say(f"going on from {resumed}")
 
 
-def finish(run, flags: TrainFlags, log, stop) -> None:
+def finish(run, flags: TrainFlags, log, wish: StopWish) -> None:
     """Make the run folder the finished model, or say how to go on.
 
     Raises:
@@ -488,14 +570,12 @@ def finish(run, flags: TrainFlags, log, stop) -> None:
 
     step = run.state.global_step
     if step < run.args.max_steps:
-        log.writer.close()
         raise Stopped(
-            f"{flags.model_dir}: stopped by {stop.received.name} and saved at step {step} of "
+            f"{flags.model_dir}: stopped by {wish.received.name} and saved at step {step} of "
             f"{run.args.max_steps}; the same command goes on"
         )
     checkpoint.publish_final(checkpoint.list_checkpoints(flags.model_dir)[0], flags.model_dir)
     log.say(f"{flags.model_dir}: finished, {run.tokens_seen:,} tokens in {step} steps")
-    log.writer.close()
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     0  schema       CONTRACT: the conversation row
     0  hashes       contents -> 8-byte hashes, sorted on disk: copies, the split
     0  tokenstore   CONTRACT: the token store of stage A
+    0  signals      a signal -> a wish to stop
     0  parts        units of work -> parts on disk, in processes, gone on with after a kill
     1  pages        figures -> an HTML page with tables and pictures
     1  pydocs       the embedded corpus: the documentation of the installed Python
@@ -21,6 +22,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     4  dataset      prepared data -> rows of tensors
     4  checkpoint   CONTRACT: the checkpoint folder and the run folder
     4  generate     prompt ids -> reply ids
+    5  preflight    what a run could not save in the end, refused before it begins
     5  session      ChatSession: text in, text out
     5  quantize     matrices in fewer bytes, and what that costs
     5  loss         model and rows of tokens -> the loss by tokens

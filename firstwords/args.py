@@ -7,6 +7,7 @@ a suggestion. Imports no other room but `errors`, and torch only when a field of
 """
 
 import argparse
+import os
 import re
 import sys
 import traceback
@@ -87,6 +88,17 @@ def build_parser(description: str) -> Parser:
     return parser
 
 
+def print_line(text: str, stream) -> None:
+    """Print a line; a stream whose reader has gone, or whose device is full, goes to /dev/null from then on.
+
+    For what must not end because nobody listens any more: a run of days.
+    """
+    try:
+        print(text, file=stream, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def run_main(main, argv: list[str] | None = None) -> None:
     """Run a script's `main` and end the process with the exit code of DESIGN.
 
@@ -102,7 +114,7 @@ def run_main(main, argv: list[str] | None = None) -> None:
         if "--debug" in argv:
             traceback.print_exc()
         code, text = _describe_error(error)
-        print(f"error: {_escape(text)}", file=sys.stderr)
+        print_line(f"error: {_escape(text)}", sys.stderr)
         sys.exit(code)
     sys.exit(0)
 
@@ -155,6 +167,8 @@ class TrainFlags:
     tokenizer: str = _flag(None, "for bins without corpus.json: the tokenizer that made them")
     device: str = _flag("auto", "where to train", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = _flag(0, "of weights, data order and dropout")
+    on_nan: str = _flag("stop", "at a NaN or infinity: stop, or go back", choices=["stop", "rollback"])
+    max_rollbacks: int = _flag(3, "batches that --on_nan rollback may go back for and leave out")
     resume: str = _flag("auto", "auto: go on with a used --model_dir; no: refuse one", choices=["auto", "no"])
     allow_change: str = _flag("", "flags that may differ from the run gone on with, comma between")
     sample_prompts: Path = _flag(None, "text file, a prompt a line, answered at each evaluation")

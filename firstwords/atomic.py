@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TextIO
 
 from firstwords.errors import CannotCreate, IOFailed
 
@@ -166,25 +167,46 @@ def lock_folder(folder: Path) -> Iterator[None]:
     Raises:
         CannotCreate: naming the process that holds it, or why the folder cannot be written.
     """
+    path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # What holds the lock is truncated: never through a link that leads to another file.
-        file = open(folder / ".lock", "a+", opener=open_no_link)  # noqa: SIM115 - held open for the whole block
+        file = _open_locked(path)
+        while not _is_at(file, path):  # the one who held it removed it while we opened it
+            file.close()
+            file = _open_locked(path)
     except OSError as error:
         raise CannotCreate(f"{folder}: cannot be written ({error.strerror}); name another") from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise CannotCreate(
-                f"{folder}: process {file.read().strip() or '?'} is writing here; "
-                "wait for it or name another folder"
-            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            with suppress(OSError):
+                path.unlink()
+
+
+def _open_locked(path: Path) -> TextIO:
+    # What holds the lock is truncated: never through a link that leads to another file.
+    file = open(path, "a+", opener=open_no_link)  # noqa: SIM115 - held open for the whole block
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        with file:
+            file.seek(0)
+            owner = file.read().strip() or "?"
+        raise CannotCreate(
+            f"{path.parent}: process {owner} is writing here; wait for it or name another folder"
+        ) from None
+    return file
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except FileNotFoundError:
+        return False
 
 
 def _sync_entry(folder: Path) -> None:

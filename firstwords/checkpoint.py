@@ -4,10 +4,11 @@
     runs/chat/                  the finished model, manifest.json, COMPLETE, train.log, runs/ (TensorBoard)
 
 A checkpoint is complete or it is not there: written to a staging folder, hashed, synced, renamed. A run is
-finished when `COMPLETE` stands in it. Invariant: whatever this module returns as good has every file that
-its manifest names, byte for byte.
+finished when `COMPLETE` stands in it. Invariants: whatever this module returns as good has every file that
+its manifest names, byte for byte; and an old checkpoint goes only when enough newer ones are good.
 """
 
+import hashlib
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ _SPECIAL_IDS = ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "m
 
 
 def write_manifest(folder: Path, meta: dict) -> None:
-    """Write `manifest.json`: size and sha256 of every file in the folder, and `meta`.
+    """Write `manifest.json`: `meta`, size and sha256 of every file in the folder, and a sha256 of all that.
 
     Args:
         folder: a staging folder with all its files in place.
@@ -48,7 +49,14 @@ def write_manifest(folder: Path, meta: dict) -> None:
     """
     paths = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name != MANIFEST]
     files = {path.name: _describe_file(path) for path in paths}
-    (folder / MANIFEST).write_text(atomic.format_json({**meta, "files": files}), encoding="utf-8")
+    manifest = {**meta, "files": files}
+    sealed = {**manifest, "sha256": _hash_manifest(manifest)}
+    (folder / MANIFEST).write_text(atomic.format_json(sealed), encoding="utf-8")
+
+
+def _hash_manifest(manifest: dict) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(atomic.format_json(rest).encode()).hexdigest()
 
 
 def _describe_file(path: Path) -> dict:
@@ -59,7 +67,7 @@ def read_manifest(folder: Path) -> dict:
     """Return the manifest, or `{}` of a plain Hugging Face folder that has none.
 
     Raises:
-        Damaged: when it is there and broken.
+        Damaged: when it is there and broken, or a word of it is not what was written.
     """
     path = folder / MANIFEST
     if not path.is_file():
@@ -70,6 +78,12 @@ def read_manifest(folder: Path) -> dict:
     is_ours = isinstance(files, dict) and all(name and Path(name).name == name for name in files)
     if not is_ours or any(type(count) is not int or count < 0 for count in counts):
         raise Damaged(f"{path}: is broken; go back to another checkpoint")
+    sha256 = _hash_manifest(manifest)
+    if manifest.get("sha256") != sha256:
+        raise Damaged(
+            f"{path}: is not what was written (sha256 {str(manifest.get('sha256')):.8}, not {sha256:.8}); go "
+            "back to another checkpoint"
+        )
     return manifest
 
 
@@ -103,83 +117,131 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file():
             raise Damaged(f"{path}: is missing; go back to another checkpoint")
-        if _describe_file(path) != expected:
-            raise Damaged(f"{path}: is not the file that was written; go back to another checkpoint")
+        found = _describe_file(path)
+        if found != expected:
+            raise Damaged(
+                f"{path}: is not the file that was written ({_name_file(found)}, not "
+                f"{_name_file(expected)}); go back to another checkpoint"
+            )
+
+
+def _name_file(described) -> str:
+    try:
+        return f"{described['bytes']} bytes of sha256 {described['sha256']:.8}"
+    except (TypeError, KeyError, ValueError):
+        return repr(described)[:80]
+
+
+def is_whole(folder: Path) -> bool:
+    """Tell whether `verify` finds nothing."""
+    try:
+        verify(folder)
+    except Damaged:
+        return False
+    return True
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the `checkpoint-<step>` folders that have a manifest, the newest step first."""
-    steps = {}
-    for path in run_dir.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdigit() and not path.is_symlink() and (path / MANIFEST).is_file():
-            steps[int(step)] = path
-    return [steps[step] for step in sorted(steps, reverse=True)]
+    return [path for path in _list_named(run_dir) if _is_ours(path)]
+
+
+def _list_named(run_dir: Path) -> list[Path]:
+    """Return whatever is named `checkpoint-<step>`, the highest step first."""
+    named = [path for path in run_dir.glob("checkpoint-*") if path.name[len("checkpoint-") :].isdecimal()]
+    return sorted(named, key=_step_of, reverse=True)
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
+
+
+def _is_ours(path: Path) -> bool:
+    return not path.is_symlink() and (path / MANIFEST).is_file()
 
 
 def find_resumable(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint that verifies, and why newer ones were passed over.
+    """Return the newest checkpoint that verifies, and why what is named like a newer one was passed over.
 
     Raises:
         Damaged: when there are checkpoints and none verifies.
     """
-    passed_over = []
-    for folder in list_checkpoints(run_dir):
+    passed_over, damaged = [], []
+    for folder in _list_named(run_dir):
         try:
+            if not _is_ours(folder):
+                raise Damaged(f"{folder}: is no folder with a {MANIFEST}, torn or not ours; it is left alone")
             verify(folder)
         except Damaged as error:
             passed_over.append(str(error))
+            damaged += [str(error)] if _is_ours(folder) else []
         else:
             return folder, passed_over
-    if passed_over:
-        raise Damaged(f"{run_dir}: no checkpoint is whole ({passed_over[0]}); start in a new folder")
-    return None, []
+    if damaged:
+        raise Damaged(f"{run_dir}: no checkpoint is whole ({damaged[0]}); start in a new folder")
+    return None, passed_over
 
 
 def set_aside(run_dir: Path, step: int) -> list[Path]:
     """Rename checkpoints beyond `step` (passed over as damaged) to `*.corrupt`; nothing is deleted."""
-    moved = []
-    for folder in list_checkpoints(run_dir):
-        if int(folder.name.removeprefix("checkpoint-")) > step:
-            number = len(list(run_dir.glob(f"{folder.name}.corrupt*")))
-            aside = folder.with_name(f"{folder.name}.corrupt{number or ''}")
-            folder.rename(aside)
-            moved.append(aside)
-    return moved
+    return [_move_aside(folder) for folder in list_checkpoints(run_dir) if _step_of(folder) > step]
+
+
+def _move_aside(path: Path) -> Path:
+    number = len(list(path.parent.glob(f"{path.name}.corrupt*")))
+    return path.rename(path.with_name(f"{path.name}.corrupt{number or ''}"))
 
 
 def publish(staging: Path, run_dir: Path, *, keep: int) -> None:
     """Make a staged checkpoint appear in the run, then prune the oldest ones.
 
-    Pruning goes by step, never by file time, and spares the newest `keep`.
+    What else has its name is kept aside, unless it is a checkpoint of ours.
 
     Raises:
         IOFailed: when the disk refuses; what was there before is untouched.
     """
+    target = run_dir / staging.name
     try:
         atomic.sync_folder(staging)
-        atomic.replace_folder(staging, run_dir / staging.name)
-        for old in list_checkpoints(run_dir)[keep:]:
-            atomic.remove_folder(old)
+        if os.path.lexists(target) and not _is_ours(target):
+            _move_aside(target)
+        atomic.replace_folder(staging, target)
+        prune(run_dir, keep=keep, known_good=target)
     except OSError as error:
         raise IOFailed(f"{run_dir}: saving failed ({error.strerror}); free some space") from None
+
+
+def prune(run_dir: Path, *, keep: int, known_good: Path) -> None:
+    """Delete the checkpoints that are older than `keep` good ones: by step, never by file time.
+
+    Args:
+        known_good: was hashed as it was written; the others are read again, a disk may have spoilt them.
+    """
+    num_good = 0
+    for folder in list_checkpoints(run_dir):
+        if num_good >= keep:
+            atomic.remove_folder(folder)
+        elif folder == known_good or is_whole(folder):
+            num_good += 1
 
 
 def publish_final(checkpoint: Path, run_dir: Path) -> None:
     """Make the run folder itself the finished model: the files of `checkpoint`, then `COMPLETE`."""
     state = (*STATE_FILES, MANIFEST, *(p.name for p in checkpoint.glob("rng_state*")))
     files = [path for path in checkpoint.iterdir() if path.is_file() and path.name not in state]
-    meta = {key: value for key, value in read_manifest(checkpoint).items() if key != "files"}
+    meta = {key: value for key, value in read_manifest(checkpoint).items() if key not in ("files", "sha256")}
     staging = run_dir / f"{atomic.STAGING}{os.getpid()}-final"
     staging.mkdir()
-    for path in files:
-        shutil.copyfile(path, staging / path.name)
-    write_manifest(staging, meta)
-    atomic.sync_folder(staging)
-    # The manifest last: where it stands, every file that it names does.
-    for path in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST):
-        path.rename(run_dir / path.name)
-    staging.rmdir()
+    try:
+        for path in files:
+            shutil.copyfile(path, staging / path.name)
+        write_manifest(staging, meta)
+        atomic.sync_folder(staging)
+        # The manifest last: where it stands, every file that it names does.
+        for path in sorted(staging.iterdir(), key=lambda path: path.name == MANIFEST):
+            path.rename(run_dir / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     atomic.write_text(run_dir / COMPLETE, f"step {meta['step']}\n")
 
 

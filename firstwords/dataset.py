@@ -88,6 +88,8 @@ class TokenWindows(Dataset):
         BadData: when there are fewer than two tokens, or ids that the tokenizer has not.
     """
 
+    hash: str | None = None  # of the file that the tokens are, where there is one
+
     def __init__(self, tokens: np.ndarray, tokenizer: Tokenizer, seq_len: int, *, stride: int | None = None):
         if len(tokens) < 2:
             raise BadData(f"the val split holds {len(tokens)} tokens; prepare more text")
@@ -297,7 +299,10 @@ def open_val(
     """Open the val split, to be read in full; errors as of `open_train`."""
     if tokenstore.is_store(data_dir):
         _check_token_store(data_dir, assistant_only)
-        return TokenWindows(tokenstore.open_store(data_dir, "val").tokens, tokenizer, seq_len)
+        store = tokenstore.open_store(data_dir, "val")
+        windows = TokenWindows(store.tokens, tokenizer, seq_len)
+        windows.hash = store.hash
+        return windows
     chats = read_chats(find_chats(data_dir, "val"))
     return PackedChats(chats, tokenizer, seq_len, 0, assistant_only=assistant_only, overlong=overlong)
 

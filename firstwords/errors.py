@@ -39,6 +39,18 @@ class Diverged(FirstwordsError):
     exit_code = 70
 
 
+class BadBatch(Diverged):
+    """A batch whose loss or gradient is NaN or infinite: a run that goes back may leave it out.
+
+    Attributes:
+        skipped: the batches that the run has left out and this one, counted from its beginning.
+    """
+
+    def __init__(self, message: str, skipped: tuple[int, ...]):
+        super().__init__(message)
+        self.skipped = skipped
+
+
 class OutOfMemory(FirstwordsError):
     """The device has not enough memory for the step."""
 

@@ -22,7 +22,7 @@ import torch
 from transformers import TrainerCallback
 
 from firstwords import atomic
-from firstwords.errors import BadFlag
+from firstwords.errors import BadFlag, IOFailed
 from firstwords.health import Check, measure_health
 from firstwords.loss import autocast, evaluate_loss
 from firstwords.samples import Speak, append_section, cut_sections, draw_samples, format_section
@@ -49,7 +49,10 @@ class AtEvaluation(TrainerCallback):
             return
         was_training = model.training
         model.eval()
-        self.look(model, state.global_step)
+        try:
+            self.look(model, state.global_step)
+        except (OSError, IOFailed) as error:  # looking must not end a run that can still save
+            self.log.say(f"  {type(self).__name__} is left out: {error}")
         self.log.writer.flush()
         model.train(was_training)
 

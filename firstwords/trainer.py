@@ -3,17 +3,20 @@
     trainer = RunTrainer(model, training_arguments, train_set=..., val_set=..., tokenizer=..., meta=...)
     trainer.train(resume_from_checkpoint=None)
 
-Invariants: a checkpoint appears whole or not at all; no step is taken on a gradient that is not finite; and
-what goes into `trainer_state.json` is a function of the flags and the data alone (no clock, no rate), so
-that a run resumed and a run in one piece end in the same bytes.
+Invariants: a checkpoint appears whole or not at all; no step is taken on a loss or gradient that is not
+finite; nothing ends a run because nobody reads what it says; and what goes into `trainer_state.json` is a
+function of the flags and the data alone (no clock, no rate), so that a run resumed and a run in one piece end
+in the same bytes.
 """
 
+import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +25,7 @@ from tempfile import TemporaryDirectory
 import torch
 import transformers
 from safetensors import SafetensorError
+from torch.utils.data import Sampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
@@ -34,14 +38,13 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from firstwords import atomic, checkpoint
-from firstwords.args import TrainFlags
-from firstwords.errors import BadFlag, Diverged, IOFailed
+from firstwords.args import TrainFlags, print_line
+from firstwords.errors import BadBatch, BadFlag, Diverged, IOFailed
 from firstwords.loss import evaluate_loss
 from firstwords.optimizer import MuonAdamWFactory
+from firstwords.signals import StopWish
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import Tokenizer
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def count_steps(flags: TrainFlags, rows_per_epoch: int, world_size: int) -> int:
@@ -81,6 +84,12 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
         raise BadFlag(f"--optim {flags.optim}: bitsandbytes is not installed; pip install bitsandbytes")
     if extra.get("save_only_model"):
         raise BadFlag("--save_only_model: such a run could not be gone on with; leave it out")
+    for name in ("load_best_model_at_end", "metric_for_best_model"):
+        if extra.get(name):
+            raise BadFlag(
+                f"--{name}: the finished model is that of the last step; leave it out, and give the "
+                "checkpoint-<step> that you like best to --model_dir or --init_model_dir of what comes next"
+            )
     eval_steps = flags.save_steps if flags.eval_steps is None else flags.eval_steps
     ours = {
         "output_dir": str(flags.model_dir),
@@ -172,6 +181,35 @@ def build_twin(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
+class RunSampler(Sampler[int]):
+    """The rows of a run in order, but for the batches that are left out.
+
+    Args:
+        num_rows: rows of the whole run.
+        rows_per_step: rows in an optimizer step, over micro-batches and processes.
+        skipped: batches (of `rows_per_step` rows, from 0) that are left out; those behind move up.
+    """
+
+    def __init__(self, num_rows: int, rows_per_step: int, skipped: tuple[int, ...]):
+        self.num_rows, self.rows_per_step, self.skipped = num_rows, rows_per_step, sorted(skipped)
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[int]:
+        for step in range(-(-self.num_rows // self.rows_per_step)):
+            begin = self.find_batch(step) * self.rows_per_step
+            yield from range(
+                begin, begin + min(self.rows_per_step, self.num_rows - step * self.rows_per_step)
+            )
+
+    def find_batch(self, step: int) -> int:
+        """Return the batch that step `step` (from 0) trains on."""
+        for batch in self.skipped:
+            step += batch <= step
+        return step
+
+
 class RunTrainer(transformers.Trainer):
     """Hugging Face's Trainer with safe saves, a finite check, and a loss weighted by tokens.
 
@@ -184,6 +222,7 @@ class RunTrainer(transformers.Trainer):
         meta: for the manifest.
         collate: rows -> batch, from `dataset`.
         optimizer_cls_and_kwargs: from `choose_optimizer`.
+        skipped: batches that are left out, see `RunSampler`.
     """
 
     def __init__(
@@ -197,6 +236,7 @@ class RunTrainer(transformers.Trainer):
         meta: RunMeta,
         collate,
         optimizer_cls_and_kwargs=None,
+        skipped: tuple[int, ...] = (),
     ):
         train_set.num_rows = (
             args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -213,7 +253,12 @@ class RunTrainer(transformers.Trainer):
         self.remove_callback(PrinterCallback)
         self.tokenizer, self.meta = tokenizer, meta
         self.rates: dict[str, float] = {}
+        self.warn = print_warning
+        rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.sampler = RunSampler(train_set.num_rows, rows, skipped)
+        self._micro_batches: list[tuple[dict, torch.Tensor]] = []
         self._staging: Path | None = None
+        self._has_failed_to_save = False
         # Trainer makes these when it trains, but asks PendingLoss for its state before.
         self._tr_loss, self._globalstep_last_logged = torch.tensor(0.0), 0
 
@@ -268,15 +313,42 @@ class RunTrainer(transformers.Trainer):
         self.state.compute_steps(self.args, max_steps)
         return begin
 
+    def _get_train_sampler(self, train_dataset=None) -> RunSampler:
+        return self.sampler
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Return the loss of a micro-batch, a share of the step's; keep both for the finite check."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_batches.append((inputs, loss))
+        return loss
+
     def _get_grad_norm(self, model, grad_norm=None):
-        # Trainer asks for the norm just before the optimizer's step; a NaN in the loss shows in it too.
+        # Trainer asks for the norm just before the optimizer's step, whether it clips or not.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if not math.isfinite(norm):
-            raise Diverged(
-                f"step {self.state.global_step + 1}: the gradient norm is {float(norm)}; nothing of it was "
-                "kept: run again with a lower --lr, it goes on from the last checkpoint"
-            )
+        loss = torch.stack([loss for _, loss in self._micro_batches]).sum()
+        if not math.isfinite(norm) or not math.isfinite(loss):
+            self._break_off(float(norm), float(loss))
+        self._micro_batches.clear()
         return norm
+
+    def _break_off(self, norm: float, loss: float) -> None:
+        step, batch = self.state.global_step, self.sampler.find_batch(self.state.global_step)
+        path = Path(self.args.output_dir) / f"bad-batch-{step + 1}.json"
+        record = {
+            **{"step": step + 1, "batch": batch, "loss": str(loss), "grad_norm": str(norm)},
+            "first_row": batch * self.sampler.rows_per_step,
+            "losses": [str(loss.item()) for _, loss in self._micro_batches],
+        }
+        for name in ("input_ids", "labels"):
+            record[name] = [row for inputs, _ in self._micro_batches for row in inputs[name].tolist()]
+        with suppress(IOFailed):  # the disk may be full too; the divergence is what has to be told
+            atomic.write_text(path, json.dumps(record) + "\n")
+        what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
+        raise BadBatch(
+            f"step {step + 1}: {what}; nothing of it was kept, its batch is in {path.name}: run again with a "
+            "lower --lr or with --on_nan rollback, it goes on from the last checkpoint",
+            (*self.sampler.skipped, batch),
+        )
 
     def _get_output_dir(self, trial) -> str:
         return str(self._staging or super()._get_output_dir(trial))
@@ -288,12 +360,25 @@ class RunTrainer(transformers.Trainer):
             super()._save_checkpoint(model, trial)
             if self.args.should_save:
                 self._finish_checkpoint(self._staging, run_dir)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            why = str(error).splitlines()[0]
-            raise IOFailed(f"{run_dir}: saving failed ({why}); free some space and run again") from None
+            self._has_failed_to_save = False
+        except (OSError, RuntimeError, SafetensorError, IOFailed) as error:
+            self._report_failed_save(str(error).splitlines()[0])
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
+
+    def _report_failed_save(self, why: str) -> None:
+        """Warn the first time, when there is a next save to try it again; else raise `IOFailed`."""
+        is_last = self.control.should_training_stop or self.state.global_step >= self.args.max_steps
+        if is_last or self._has_failed_to_save:
+            raise IOFailed(
+                f"{self.args.output_dir}: saving failed ({why}); free some space and run again"
+            ) from None
+        self._has_failed_to_save = True
+        self.warn(
+            f"step {self.state.global_step}: saving failed ({why}); what was saved before is there. Free "
+            "some space: the next save tries again, and ends the run if it fails"
+        )
 
     def _finish_checkpoint(self, staging: Path, run_dir: Path) -> None:
         folder = staging / f"checkpoint-{self.state.global_step}"
@@ -301,31 +386,26 @@ class RunTrainer(transformers.Trainer):
         (folder / "training_args.bin").unlink()
         for path in folder.iterdir():
             path.chmod(0o644)
-        step = {"step": self.state.global_step, "tokens_seen": self.tokens_seen}
-        checkpoint.write_manifest(folder, {**step, **self.meta.fixed})
+        place = {"step": self.state.global_step, "tokens_seen": self.tokens_seen}
+        place["skipped"] = list(self.sampler.skipped)
+        checkpoint.write_manifest(folder, {**place, **self.meta.fixed})
         checkpoint.publish(folder, run_dir, keep=self.meta.save_total_limit)
 
 
+def print_warning(text: str) -> None:
+    """Say on stderr what did not go as it should, and that the run goes on."""
+    print_line(f"warning: {text}", sys.stderr)
+
+
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, SIGINT and SIGHUP: finish the step, save, stop. A second SIGINT stops at once.
+    """SIGTERM, SIGINT and SIGHUP: finish the step, save, stop."""
 
-    A signal that the process was started to ignore (`nohup` does that to SIGHUP) stays ignored.
-    """
-
-    def __init__(self):
-        self.received: signal.Signals | None = None
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._receive)
-
-    def _receive(self, number, frame) -> None:
-        if number == signal.SIGINT and self.received:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number)
+    def __init__(self, wish: StopWish):
+        self.wish = wish
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ask Trainer for a save and a stop: here, between two steps, resuming is exact."""
-        if self.received:
+        if self.wish.received:
             control.should_save = control.should_training_stop = True
         return control
 
@@ -399,6 +479,40 @@ class Throughput(TrainerCallback):
             self._seconds, self._steps = 0.0, 0
 
 
+class EventWriter:
+    """TensorBoard's file, by the four methods of a `SummaryWriter` that a run uses.
+
+    What its disk does not take is left out: a disk that is full ends no run that can still save. The next
+    figure begins another file.
+    """
+
+    def __init__(self, folder: Path, purge_step: int):
+        self._folder, self._writer = folder, SummaryWriter(str(folder), purge_step=purge_step)
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        """Write one number."""
+        self._try(lambda writer: writer.add_scalar(tag, value, step))
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        """Write one text."""
+        self._try(lambda writer: writer.add_text(tag, text, step))
+
+    def flush(self) -> None:
+        """Bring what was written to the file."""
+        self._try(lambda writer: writer.flush())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._try(lambda writer: writer.close())
+
+    def _try(self, do) -> None:
+        try:
+            do(self._writer)
+        except OSError:
+            with suppress(OSError):
+                self._writer = SummaryWriter(str(self._folder))
+
+
 class RunLog(TrainerCallback):
     """Write the run's lines: `train.log`, TensorBoard under `runs/`, and a bar or the lines on screen.
 
@@ -412,19 +526,35 @@ class RunLog(TrainerCallback):
 
     def __init__(self, run_dir: Path, first_step: int):
         # From 0 too: of a life that was killed before its first checkpoint, every step is written again.
-        self.writer = SummaryWriter(str(run_dir / "runs"), purge_step=first_step + 1 if first_step else 0)
+        self.writer = EventWriter(run_dir / "runs", purge_step=first_step + 1 if first_step else 0)
         self._file = open(  # noqa: SIM115
             run_dir / "train.log", "a", buffering=1, encoding="utf-8", opener=atomic.open_no_link
         )
         self._bar = None
 
     def say(self, line: str) -> None:
-        """Write a line to train.log and to the screen, above the bar."""
-        self._file.write(line + "\n")
+        """Write a line to train.log and to the screen, above the bar.
+
+        A disk that is full, or a screen that is gone, ends no run.
+        """
+        with suppress(OSError):
+            self._file.write(line + "\n")
         if self._bar is None:
-            print(line, flush=True)
+            print_line(line, sys.stdout)
         else:
-            self._bar.write(line)
+            self._on_bar(lambda bar: bar.write(line))
+
+    def _on_bar(self, do) -> None:
+        try:
+            do(self._bar)
+        except OSError:  # the terminal has been closed
+            self._bar.disable, self._bar = True, None
+
+    def close(self) -> None:
+        """Close the files."""
+        self.writer.close()
+        with suppress(OSError):
+            self._file.close()
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Open the bar, on a terminal."""
@@ -434,7 +564,7 @@ class RunLog(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Move the bar."""
         if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
+            self._on_bar(lambda bar: bar.update(state.global_step - bar.n))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         """Write one line and the scalars."""
@@ -449,7 +579,7 @@ class RunLog(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Close the bar; the log stays open for the last words."""
         if self._bar is not None:
-            self._bar.close()
+            self._on_bar(lambda bar: bar.close())
             self._bar = None
 
 

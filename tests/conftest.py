@@ -88,3 +88,14 @@ def char_tokenizer():
     from firstwords.tokenizer import build_char
 
     return build_char([*SENTENCES, string.printable])
+
+
+@pytest.fixture
+def handlers():
+    """Put the signals' handlers back that a test changes."""
+    from firstwords.signals import SIGNALS
+
+    kept = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)

@@ -140,7 +140,9 @@ def test_what_only_looks_like_a_checkpoint_is_never_chosen(run, tmp_path):
     (run / "checkpoint-91").symlink_to(tmp_path / "nothing")
     torn = stage(run / "checkpoint-90", 90)
     (torn / MANIFEST).unlink()
-    assert find_resumable(run) == (run / "checkpoint-10", [])
+    folder, passed_over = find_resumable(run)
+    assert folder == run / "checkpoint-10"
+    assert [reason.split(":")[0].split("-")[-1] for reason in passed_over] == ["94", "93", "92", "91", "90"]
     assert find_checkpoint(run) == run / "checkpoint-10"
 
 
@@ -195,11 +197,36 @@ def test_pruning_leaves_what_is_not_ours(run):
     assert names == ["checkpoint-1", "checkpoint-15", "checkpoint-abc"]
 
 
-def test_a_torn_folder_of_the_same_name_is_replaced(run):
+def test_what_is_not_ours_and_has_the_name_is_kept_aside(run, tmp_path):
     (run / "checkpoint-15").mkdir()
     (run / "checkpoint-15" / "model.safetensors").write_text("torn")
+    (run / "checkpoint-16").write_text("a file")
+    (run / "checkpoint-17").symlink_to(tmp_path)
+    for step in (15, 16, 17):
+        publish(stage(run / ".staging-1" / f"checkpoint-{step}", step), run, keep=2)
+    assert [folder.name for folder in list_checkpoints(run)] == ["checkpoint-17", "checkpoint-16"]
+    verify(run / "checkpoint-16")
+    verify(run / "checkpoint-17")
+    assert (run / "checkpoint-15.corrupt" / "model.safetensors").read_text() == "torn"
+    assert (run / "checkpoint-16.corrupt").read_text() == "a file"
+    assert (run / "checkpoint-17.corrupt").is_symlink()
+
+
+def test_nothing_is_pruned_for_a_checkpoint_that_does_not_verify(run):
+    damage(run / "checkpoint-10" / "optimizer.pt", "flipped")
     publish(stage(run / ".staging-1" / "checkpoint-15", 15), run, keep=2)
-    verify(run / "checkpoint-15")
+    assert [folder.name for folder in list_checkpoints(run)] == [
+        *("checkpoint-15", "checkpoint-10", "checkpoint-9"),
+    ]
+
+
+def test_a_manifest_with_another_word_in_it_is_damage(run):
+    path = run / "checkpoint-9" / MANIFEST
+    manifest = json.loads(path.read_text())
+    for change in ({"step": 8}, {"longest_row": 65}, {"more": 1}):
+        path.write_text(atomic.format_json(manifest | change))
+        with pytest.raises(Damaged, match="manifest.json: is not what was written .sha256"):
+            verify(run / "checkpoint-9")
 
 
 def test_a_disk_that_refuses_leaves_what_was_there(run, monkeypatch):

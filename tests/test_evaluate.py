@@ -22,7 +22,7 @@ from tiny import (
 import evaluate
 import train
 from firstwords import baselines, pydocs
-from firstwords.checkpoint import load_model
+from firstwords.checkpoint import load_model, write_manifest
 from firstwords.dataset import open_val
 from firstwords.loss import evaluate_loss
 from firstwords.tokenizer import build_char, train_bpe
@@ -199,7 +199,7 @@ def test_conversations_longer_than_a_row_follow_the_policy_of_the_training(folde
         run = tmp_path / policy
         shutil.copytree(folder / "b", run)
         flags = manifest["flags"] | {"overlong": policy}
-        (run / "manifest.json").write_text(json.dumps(manifest | {"flags": flags}))
+        write_manifest(run, manifest | {"flags": flags})
         assert measure(run, "--data_dir", data) == (0, "")
         tokens[policy] = read_figures(run)["val_tokens"]
     assert tokens == {"drop": 2, "truncate": 2 + 256 - len("<bird><")}

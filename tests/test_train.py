@@ -343,7 +343,9 @@ def test_what_only_looks_like_a_checkpoint_is_left_alone(home, done, tmp_path):
     (run / "checkpoint-8").symlink_to(tmp_path / "elsewhere")
     (run / ".staging-999999999").mkdir()
     before = hash_files(run / "checkpoint-abc")
-    assert go(home, run, save_steps=4, resume="no") == (0, "")
+    code, errors = go(home, run, save_steps=4, resume="no")
+    assert code == 0
+    assert [line.split(":")[1].split("-")[-1] for line in errors.splitlines()] == ["99", "8", "7"]
     assert (run / "model.safetensors").read_bytes() == (done / "model.safetensors").read_bytes()
     assert hash_files(run / "checkpoint-abc") == before
     assert (run / "checkpoint-7").is_file()

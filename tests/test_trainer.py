@@ -17,6 +17,7 @@ from firstwords.args import TrainFlags
 from firstwords.checkpoint import list_checkpoints, read_manifest, verify
 from firstwords.errors import BadFlag, Diverged, IOFailed
 from firstwords.loss import evaluate_loss
+from firstwords.signals import StopWish
 from firstwords.trainer import (
     StopOnSignal,
     Throughput,
@@ -66,10 +67,14 @@ def poison(model):
 def test_nan_ends_the_run_before_the_step_and_no_later_checkpoint_is_written(data, tmp_path, extra):
     run = build_trainer(data, tmp_path / "run", max_steps=9, save_steps=2, extra=extra)
     run.add_callback(AtStep(6, poison))
-    with pytest.raises(Diverged, match="^step 6: the gradient norm is nan; .* run again with a lower --lr"):
+    with pytest.raises(Diverged, match="^step 6: the loss is nan; .* run again with a lower --lr"):
         run.train()
     assert [folder.name for folder in list_checkpoints(tmp_path / "run")] == ["checkpoint-4", "checkpoint-2"]
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["checkpoint-2", "checkpoint-4"]
+    names = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert names == ["bad-batch-6.json", "checkpoint-2", "checkpoint-4"]
+    bad = json.loads((tmp_path / "run" / "bad-batch-6.json").read_text())
+    assert (bad["step"], bad["batch"], bad["first_row"], bad["loss"]) == (6, 5, 10, "nan")
+    assert bad["input_ids"] == [run.train_dataset[row]["input_ids"].tolist() for row in (10, 11)]
     for folder in list_checkpoints(tmp_path / "run"):
         verify(folder)
     assert not any("loss" in row and not math.isfinite(row["loss"]) for row in run.state.log_history)
@@ -286,44 +291,19 @@ def test_intervals_are_those_of_the_flags_also_after_a_resume(data, cfg, tmp_pat
 # --- signals
 
 
-@pytest.fixture
-def handlers():
-    kept = {number: signal.getsignal(number) for number in trainer.SIGNALS}
-    yield
-    for number, handler in kept.items():
-        signal.signal(number, handler)
-
-
-def test_an_ignored_hangup_stays_ignored(handlers):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    stop = StopOnSignal()
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
-    signal.raise_signal(signal.SIGHUP)
-    assert stop.received is None
-    assert signal.getsignal(signal.SIGTERM) == stop._receive
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_is_noted_and_asks_for_a_save_and_a_stop(handlers, number):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    stop = StopOnSignal()
+def test_a_signal_asks_for_a_save_and_a_stop(handlers, tmp_path, number):
+    wish = StopWish(tmp_path)
+    wish.defer()
 
     class Control:
         should_save = should_training_stop = False
 
-    assert not stop.on_step_end(None, None, Control()).should_training_stop
+    assert not StopOnSignal(wish).on_step_end(None, None, Control()).should_training_stop
     signal.raise_signal(number)
-    assert stop.received == number
-    control = stop.on_step_end(None, None, Control())
+    control = StopOnSignal(wish).on_step_end(None, None, Control())
     assert control.should_save
     assert control.should_training_stop
-
-
-def test_the_second_ctrl_c_stops_at_once(handlers):
-    StopOnSignal()
-    signal.raise_signal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
 
 
 # --- flags -> arguments

@@ -11,11 +11,11 @@ from firstwords.args import TrainFlags, run_main
 from firstwords.dataset import collate, open_train, open_val
 from firstwords.model import build_model
 from firstwords.schema import Message, conversation_row, format_row
+from firstwords.signals import SIGNALS
 from firstwords.template import CHAT_TEMPLATE, encode_chat
 from firstwords.tokenizer import BYTE_LEVEL, Tokenizer
 from firstwords.tokenstore import FORMAT, TokenStoreWriter
 from firstwords.trainer import (
-    SIGNALS,
     RunMeta,
     RunTrainer,
     build_training_arguments,

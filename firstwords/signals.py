@@ -1,0 +1,50 @@
+"""Signals -> a wish to stop, met where stopping loses nothing.
+
+    wish = StopWish(Path("runs/chat"))    # SIGTERM, SIGINT and SIGHUP are caught from here on
+    ...                                   # start-up: a signal ends it at once, there is nothing to save
+    wish.defer()
+    ...                                   # training: `wish.received` says what came; the step goes on
+
+A second SIGINT stops at once, whatever is going on. Invariant: a signal that the process was started to
+ignore (`nohup` does that to SIGHUP) stays ignored.
+"""
+
+import signal
+from pathlib import Path
+
+from firstwords.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+class StopWish:
+    """What the signals asked for.
+
+    Attributes:
+        received: the last signal, None before the first.
+    """
+
+    def __init__(self, run_dir: Path):
+        self.received: signal.Signals | None = None
+        self._run_dir, self._is_deferred = run_dir, False
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._receive)
+
+    def defer(self) -> None:
+        """From now on only note a signal: there are steps that would be lost."""
+        self._is_deferred = True
+
+    def check_startup(self) -> None:
+        """Raise `Stopped` when a signal came before `defer`: a library may have swallowed what it raised."""
+        if self.received and not self._is_deferred:
+            raise Stopped(
+                f"{self._run_dir}: stopped by {self.received.name} before the first step, nothing is lost; "
+                "the same command goes on"
+            )
+
+    def _receive(self, number, frame) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number)
+        self.check_startup()
