@@ -50,9 +50,10 @@ from firstwords.conversations import (
 )
 from firstwords.errors import BadData, BadFlag
 from firstwords.hashes import count_distinct, count_overlap, find_val_limit, open_hashes, sort_hashes
+from firstwords.near import check_library, count_near
 from firstwords.pages import draw_bars, draw_columns, format_html_table, format_page
 from firstwords.parts import Work, finish_work, make_parts, open_work
-from firstwords.schema import Message, conversation_row
+from firstwords.schema import Message, conversation_row, read_jsonl
 from firstwords.sources import Located, Place, Sample, find_place, read_license, read_raw_rows
 from firstwords.sources.places import ROW_SUFFIXES
 from firstwords.template import CHAT_TEMPLATE
@@ -108,6 +109,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="how often pydocs asks each question",
     )
     add(
+        "--near_duplicates",
+        action="store_true",
+        help="count the training conversations that share 80 %% of their runs of three words with one in "
+        "val (by MinHash)",
+    )
+    add(
         "--show",
         type=int,
         default=0,
@@ -136,6 +143,8 @@ def check_flags(args: argparse.Namespace) -> None:
         raise BadFlag(f"--show: is {args.show}; give 0 or more")
     if args.overlong != "keep" and args.seq_len is None:
         raise BadFlag(f"--overlong: {args.overlong}, but longer than what? Give --seq_len")
+    if args.near_duplicates:
+        check_library()
     if args.system is not None and not args.system.strip():
         raise BadFlag("--system: is empty; leave it out or give a text")
     names = [dataset.name for dataset in args.dataset]
@@ -228,6 +237,7 @@ def prepare(tokenizer: Tokenizer | None, args: argparse.Namespace, work: Work, s
         "tokenizer_hash": tokenizer.hash,
         "splits": splits,
         "on_both_sides": find_overlap(tokens, work),
+        "nearly_on_both_sides": find_near(staging) if args.near_duplicates else None,
         "seq_len": args.seq_len or SEQ_LEN,
         "overlong": args.overlong,
     }
@@ -402,6 +412,16 @@ def find_overlap(parts: list[Path], work: Work) -> int:
     return count_overlap(open_hashes(work.folder / "train_hashes.bin"), held_out)
 
 
+def find_near(folder: Path) -> int:
+    """Return how many training conversations are nearly one of val."""
+    return count_near(_read_texts(folder / "val.jsonl"), _read_texts(folder / "train.jsonl"))
+
+
+def _read_texts(path: Path) -> Iterator[str]:
+    for _, row in read_jsonl(path):
+        yield "\n".join(message["content"] for message in row["messages"])
+
+
 # --- what people see
 
 
@@ -429,6 +449,7 @@ def list_rows(report: dict) -> list[tuple[str, object]]:
         ("duplicates (kept)", rows["duplicates"]),
         *((f"column ignored, {name}", count) for name, count in rows["ignored_columns"].items()),
         ("on both sides", report["on_both_sides"]),
+        *(("nearly on both sides", near) for near in [report["nearly_on_both_sides"]] if near is not None),
     ]
 
 

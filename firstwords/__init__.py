@@ -5,6 +5,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
 
     0  schema       CONTRACT: the conversation row
     0  hashes       contents -> 8-byte hashes, sorted on disk: copies, the split
+    0  near         texts -> how many are nearly one of others
     0  tokenstore   CONTRACT: the token store of stage A
     0  signals      a signal -> a wish to stop
     0  parts        units of work -> parts on disk, in processes, gone on with after a kill

@@ -20,9 +20,10 @@ HEAD = """<!doctype html>
 :root {{ color-scheme: light dark; --bar: #4878a8; --soft: #8886; --learned: #3a94; --end: #c70; }}
 body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
 h1 {{ font-size: 1.4rem; overflow-wrap: anywhere }} h2 {{ font-size: 1.1rem; margin-top: 2rem }}
-table {{ border-collapse: collapse }} th {{ text-align: left }}
+table {{ border-collapse: collapse }}
 th, td {{ padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--soft); vertical-align: top;
   overflow-wrap: anywhere }}
+th {{ text-align: left; white-space: nowrap }}
 td.n {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
 svg {{ display: block; width: 100%; height: auto }} svg rect {{ fill: var(--bar) }}
 svg rect.pad {{ fill: var(--soft) }} svg text {{ font: 11px sans-serif; fill: currentColor }}

@@ -15,7 +15,7 @@ import pytest
 
 import prep_data
 from firstwords import conversations, prep
-from firstwords.errors import BadData
+from firstwords.errors import BadData, BadFlag
 from firstwords.packing import choose_length, split_turns
 from firstwords.pages import draw_bars, draw_columns, format_html_table, format_page
 from firstwords.schema import parse_conversation
@@ -346,6 +346,27 @@ def test_show_names_the_packed_rows(tmp_path, run, capsys):
         assert all(len(tokenized[number - 1]["input_ids"]) == size for number, size in parts)
     assert shown.count("\nrow ") == 2
     assert "rows of 64 tokens" in shown
+
+
+# --- near duplicates
+
+
+def test_near_duplicates_of_val_are_counted(tmp_path, run, capsys):
+    words = " ".join(f"word{n}" for n in range(40))
+    near = [{"question": f"{words} number {n}", "answer": words} for n in range(20)]
+    far = [{"question": " ".join(f"{n}x{k}" for k in range(40)), "answer": "yes"} for n in range(20)]
+    for name, rows, expected in (("near", near, 19), ("far", far, 0)):
+        path = write_jsonl(tmp_path / f"{name}.jsonl", rows)
+        report = run(name, "--dataset", path, "--near_duplicates")
+        assert report["nearly_on_both_sides"] == expected
+        assert report["on_both_sides"] == 0
+        assert f"nearly on both sides  {expected}" in capsys.readouterr().out
+
+
+def test_near_duplicates_need_a_library(tmp_path, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(BadFlag, match=r"pip install 'firstwords\[near\]'"):
+        run("out", "--dataset", write_jsonl(tmp_path / "a.jsonl", make_rows("a", 9)), "--near_duplicates")
 
 
 # --- licences

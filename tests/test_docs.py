@@ -287,10 +287,7 @@ def stand_in(command: Command, folder: Path) -> list[str]:
     args = parse_command(command)
     name = str(args.dataset[0] if isinstance(args.dataset, list) else args.dataset)
     assert name in HUB_NAMES, f"{command}: {name!r} is none of {sorted(HUB_NAMES)}"
-    rows = [
-        {key: value.replace("{}", str(n)) for key, value in STAND_INS[name].items()}
-        for n in range(200)
-    ]
+    rows = [{key: value.replace("{}", str(n)) for key, value in STAND_INS[name].items()} for n in range(200)]
     dataset = write_rows(folder / f"{name}.jsonl", rows)
     tokenizer = folder / ("seed" if args.tokenizer == "gpt2" else args.tokenizer)
     here = ["--dataset", dataset, "--out_dir", str(folder / args.out_dir), "--tokenizer", str(tokenizer)]
