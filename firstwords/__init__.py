@@ -25,6 +25,8 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     4  generate     prompt ids -> reply ids
     5  preflight    what a run could not save in the end, refused before it begins
     5  session      ChatSession: text in, text out
+    5  llamacpp     model -> GGUF, and Ollama's Modelfile
+    5  card         what files say of a model -> its model card
     5  quantize     matrices in fewer bytes, and what that costs
     5  loss         model and rows of tokens -> the loss by tokens
     5  baselines    prepared data -> what counting alone would score

@@ -27,6 +27,23 @@ CHAT_TEMPLATE = (
 # For readers that know no `generation` block; what it renders is the same.
 PLAIN_CHAT_TEMPLATE = CHAT_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
 
+# For Ollama, whose templates are Go's.
+OLLAMA_TEMPLATE = "{{ range .Messages }}<|{{ .Role }}|>{{ .Content }}<|end|>{{ end }}<|assistant|>"
+
+# For people, in a model card.
+DESCRIPTION = """\
+A turn is `<|role|>`, the text, `<|end|>`; the role is `system` (once, first, optional), `user` or
+`assistant`. A prompt ends with `<|assistant|>`, and the model ends its reply with `<|end|>`. Nothing stands
+in front.
+
+```text
+<|user|>Hi<|end|><|assistant|>Hello!<|end|>
+```
+
+The chat template does this. It cannot tell a control token from a user's text that spells one: programs that
+take text from strangers must encode each text by itself with `split_special_tokens=True`, as firstwords does
+in its way."""
+
 
 def encode_chat(messages: list[Message], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Encode a whole conversation, with a mask of the tokens that the model learns to say.
