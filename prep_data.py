@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from firstwords import prep, pydocs, show
@@ -39,9 +38,8 @@ from firstwords.conversations import (
     OVERLONG,
     SPLITS,
     Batch,
-    Encoding,
+    EncodeParts,
     add_counts,
-    encode_part,
     gather_rows,
     join_files,
     read_account,
@@ -226,8 +224,10 @@ def prepare(tokenizer: Tokenizer | None, args: argparse.Namespace, work: Work, s
     survey.rows["duplicates"] = len(ascending) - survey.rows["repeated"] - count_distinct(ascending)
     tokenizer = keep_tokenizer(tokenizer, args, parts, work)
     shutil.copytree(work.folder / TOKENIZER, staging, dirs_exist_ok=True)
-    units = plan_encoding(parts, ascending, tokenizer, args, work)
-    tokens = encode_parts(units, args, work, survey)
+    decided = all(dataset.name == "pydocs" for dataset in args.dataset)
+    limit = -1 if decided else find_val_limit(ascending, args.val_pct)
+    job = EncodeParts(tokenizer, limit, args.seq_len or SEQ_LEN, args.overlong, args.seed)
+    tokens = encode_parts(job, parts, args, work, survey)
     splits = write_splits(tokens, staging)
     survey.rows["kept"] = sum(counts["rows"] - counts["rows_dropped"] for counts in splits.values())
     survey.rows["dropped"] = {"overlong": sum(counts["rows_dropped"] for counts in splits.values())}
@@ -355,7 +355,7 @@ def keep_tokenizer(
     if tokenizer is None:
         if folder.exists():
             return load_tokenizer(folder)
-        contents = (m.content for part in parts for messages in read_rows(part) for m in messages)
+        contents = (m.content for part in parts for _, messages in read_rows(part) for m in messages)
         tokenizer = build_tokenizer(args.tokenizer, contents)
     if not folder.exists():
         with stage_folder(folder) as staging:
@@ -363,21 +363,13 @@ def keep_tokenizer(
     return tokenizer
 
 
-def plan_encoding(
-    parts: list[Path], ascending: np.ndarray, tokenizer: Tokenizer, args: argparse.Namespace, work: Work
-) -> list[Encoding]:
-    """Return the units of the second pass."""
-    decided = all(dataset.name == "pydocs" for dataset in args.dataset)
-    limit = -1 if decided else find_val_limit(ascending, args.val_pct)
-    how = (limit, work.folder / TOKENIZER, tokenizer.hash, args.seq_len or SEQ_LEN, args.overlong, args.seed)
-    return [Encoding(part, *how) for part in parts]
-
-
-def encode_parts(units: list[Encoding], args: argparse.Namespace, work: Work, survey: Survey) -> list[Path]:
+def encode_parts(
+    job: EncodeParts, surveyed: list[Path], args: argparse.Namespace, work: Work, survey: Survey
+) -> list[Path]:
     """Make the parts of the second pass, and count for each dataset what was drawn from it."""
     parts = []
     with tqdm(desc="encoding", total=survey.rows["kept"], unit=" rows", disable=None) as bar:
-        for part in make_parts(encode_part, units, work.stage("tokens"), num_proc=args.num_proc):
+        for part in make_parts(job, surveyed, work.stage("tokens"), num_proc=args.num_proc):
             account = read_account(part)
             for counts in account["splits"].values():
                 drawn = {name: counts[name] for name in ("conversations", "tokens", "learned_tokens")}

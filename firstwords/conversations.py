@@ -1,7 +1,7 @@
 """Rows of any known shape -> conversations and their tokens, in parts that processes share.
 
     rows  --survey_batch-->  rows.jsonl hashes.bin rejects.jsonl        one part for some thousand rows
-          --encode_part--->  train.jsonl train_tokenized.jsonl val...   one part for each of those
+          --EncodeParts--->  train.jsonl train_tokenized.jsonl val...   one part for each of those
 
 The first pass finds every bad row before any is encoded; the second knows all hashes, so it knows which
 conversation is whose, train's or val's. Invariants: every row that is read is kept, dropped or rejected, and
@@ -13,7 +13,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from firstwords.prep import Rejects
 from firstwords.schema import Message, RowError, format_conversation
 from firstwords.sources import Located, RawRow, find_shape, parse_raw, to_conversation
 from firstwords.template import encode_chat
-from firstwords.tokenizer import Tokenizer, load_tokenizer
+from firstwords.tokenizer import Tokenizer
 
 SPLITS = ("train", "val")
 OVERLONG = ("keep", "drop", "split", "truncate")
@@ -98,26 +97,6 @@ def survey_batch(batch: Batch, staging: Path) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoding:
-    """What the second pass does with one part of the first: its unit.
-
-    Attributes:
-        part: a folder that `survey_batch` filled.
-        val_limit: the highest hash of val; not asked where the part has a split of its own.
-        tokenizer: a folder; its hash tells when another one lies there.
-        overlong: one of `OVERLONG`, for conversations of more than `seq_len` tokens.
-    """
-
-    part: Path
-    val_limit: int
-    tokenizer: Path
-    tokenizer_hash: str
-    seq_len: int
-    overlong: str
-    seed: int
-
-
-@dataclass(frozen=True, slots=True)
 class Chat:
     """A conversation and its tokens."""
 
@@ -126,78 +105,102 @@ class Chat:
     mask: list[int]
 
 
-def encode_part(work: Encoding, staging: Path) -> None:
-    """Second pass: encode the conversations of a part, and write them to their split."""
-    survey = read_account(work.part)
-    tokenizer = _load_once(work.tokenizer, work.tokenizer_hash)
-    writers = {split: SplitWriter(staging, split, work) for split in SPLITS}
-    rows = zip(read_rows(work.part), open_hashes(work.part / "hashes.bin").tolist(), strict=True)
-    for messages, content in rows:
-        split = survey["split"] or ("val" if content <= work.val_limit else "train")
-        writers[split].add(Chat(messages, *encode_chat(messages, tokenizer)), tokenizer)
-    account = {"dataset": survey["dataset"], "splits": {s: w.close() for s, w in writers.items()}}
-    _write_account(staging, account)
+@dataclass(frozen=True)
+class EncodeParts:
+    """Second pass: encode the conversations of a part of the first, and write them to their split.
+
+    Attributes:
+        val_limit: the highest hash of val; not asked where the part has a split of its own.
+        overlong: one of `OVERLONG`, for conversations of more than `seq_len` tokens.
+    """
+
+    tokenizer: Tokenizer
+    val_limit: int
+    seq_len: int
+    overlong: str
+    seed: int
+
+    def __call__(self, part: Path, staging: Path) -> None:
+        """Make the part of the second pass from the folder that `survey_batch` filled."""
+        survey = read_account(part)
+        writers = {split: SplitWriter(staging, split, self) for split in SPLITS}
+        hashes = open_hashes(part / "hashes.bin").tolist()
+        for (line, messages), content in zip(read_rows(part), hashes, strict=True):
+            split = survey["split"] or ("val" if content <= self.val_limit else "train")
+            writers[split].add(Chat(messages, *encode_chat(messages, self.tokenizer)), line, content)
+        account = {"dataset": survey["dataset"], "splits": {s: w.close() for s, w in writers.items()}}
+        _write_account(staging, account)
 
 
-@lru_cache(maxsize=1)
-def _load_once(folder: Path, _hash: str) -> Tokenizer:
-    return load_tokenizer(folder)
-
-
-def read_rows(part: Path) -> Iterator[list[Message]]:
-    """Read back the conversations of a part."""
+def read_rows(part: Path) -> Iterator[tuple[str, list[Message]]]:
+    """Read back the conversations of a part, each with its line."""
     with open(part / "rows.jsonl", encoding="utf-8", newline="\n") as lines:
         for line in lines:
-            yield [Message(**message) for message in json.loads(line)["messages"]]
+            yield line, [Message(turn["role"], turn["content"]) for turn in json.loads(line)["messages"]]
 
 
 class SplitWriter:
     """One split of a part: its conversations (contract 1), their tokens (contract 2), and their counts."""
 
-    def __init__(self, staging: Path, split: str, work: Encoding):
+    def __init__(self, staging: Path, split: str, job: EncodeParts):
+        self._job = job
         self._counts: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
         self._lengths: Counter[int] = Counter()
         self._shares: Counter[int] = Counter()
         self._hashes: list[int] = []
         self._hashes_path = staging / f"{split}_hashes.bin"
-        self._seq_len, self._overlong, self._seed = work.seq_len, work.overlong, work.seed
         self._rows = _open_new(staging / f"{split}.jsonl")
         self._tokens = _open_new(staging / f"{split}_tokenized.jsonl")
 
-    def add(self, chat: Chat, tokenizer: Tokenizer) -> None:
-        """Write a conversation, or what `--overlong` leaves of it, and count what it drops."""
-        self._counts.update(rows=1, tokens_read=len(chat.ids))
-        if len(chat.ids) <= self._seq_len:
-            self._write(chat)
-            return
-        self._counts.update(longer_than_seq_len=1, tokens_of_longer=len(chat.ids))
-        pieces, repeated = fit_chat(chat, tokenizer, self._seq_len, self._overlong)
+    def add(self, chat: Chat, line: str, content: int) -> None:
+        """Write a conversation, or what `--overlong` leaves of it, and count what it drops.
+
+        Args:
+            line: its row, as `format_conversation` spells it.
+            content: the hash of that.
+        """
+        self._counts["rows"] += 1
+        self._counts["tokens_read"] += len(chat.ids)
+        if len(chat.ids) <= self._job.seq_len:
+            self._write(chat, line, content)
+        else:
+            self._add_overlong(chat)
+
+    def _add_overlong(self, chat: Chat) -> None:
+        job = self._job
+        pieces, repeated = fit_chat(chat, job.tokenizer, job.seq_len, job.overlong)
         for piece in pieces:
-            self._write(piece)
+            line = format_conversation(piece.messages)
+            self._write(piece, line, hash_content([line], job.seed))
         kept = sum(len(piece.ids) for piece in pieces)
         learned = sum(sum(piece.mask) for piece in pieces)
         self._counts.update(
+            longer_than_seq_len=1,
+            tokens_of_longer=len(chat.ids),
             rows_dropped=not pieces,
             rows_added=max(0, len(pieces) - 1),
             tokens_repeated=repeated,
             tokens_dropped=len(chat.ids) + repeated - kept,
             learned_dropped=sum(chat.mask) - learned,
-            cut_in_reply=sum(piece.mask[-1] and piece.ids[-1] != tokenizer.end_id for piece in pieces),
+            cut_in_reply=sum(piece.mask[-1] and piece.ids[-1] != job.tokenizer.end_id for piece in pieces),
         )
 
-    def _write(self, chat: Chat) -> None:
-        text = format_conversation(chat.messages)
+    def _write(self, chat: Chat, line: str, content: int) -> None:
         learned = sum(chat.mask)
-        self._rows.write(text)
-        # A list of ints is spelled alike by str and JSON; this is 4 times faster.
-        self._tokens.write(f'{{"input_ids": {chat.ids}, "assistant_masks": {chat.mask}}}\n')
-        self._hashes.append(hash_content([text], self._seed))
+        self._rows.write(line)
+        # A list of ints is spelled alike by str and JSON, and str is 4 times faster; a mask can be had
+        # without looking at each int.
+        mask = bytes(chat.mask).replace(b"\0", b"0, ").replace(b"\1", b"1, ")[:-2].decode()
+        self._tokens.write(f'{{"input_ids": {chat.ids}, "assistant_masks": [{mask}]}}\n')
+        self._hashes.append(content)
         self._lengths[find_bin(len(chat.ids))] += 1
         self._shares[min(9, 10 * learned // len(chat.ids)) * 10 + 10] += 1
-        self._counts.update(
-            conversations=1, turns=len(chat.messages), tokens=len(chat.ids), learned_tokens=learned
-        )
-        self._counts["longest"] = max(self._counts["longest"], len(chat.ids))
+        counts = self._counts
+        counts["conversations"] += 1
+        counts["turns"] += len(chat.messages)
+        counts["tokens"] += len(chat.ids)
+        counts["learned_tokens"] += learned
+        counts["longest"] = max(counts["longest"], len(chat.ids))
 
     def close(self) -> dict:
         """Close the files; returns counts, and histograms by the upper ends of their bins."""

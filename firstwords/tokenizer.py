@@ -47,9 +47,12 @@ class Tokenizer:
         kind: `BYTE_LEVEL` or `CHARACTERS`.
         vocabulary: the bytes of each ordinary token; the place in the list is its id. Of a BPE the
             places of the merged tokens are also the order of the merges.
+        merges: of a BPE, as its file spells them. Without them they are found when they are wanted, which
+            takes a second for GPT-2's.
     """
 
-    def __init__(self, kind: str, vocabulary: list[bytes]):
+    def __init__(self, kind: str, vocabulary: list[bytes], merges: list[tuple[str, str]] | None = None):
+        self._merges = merges
         self.kind = kind
         self.vocabulary = vocabulary
         self.control_ids = {name: len(vocabulary) + i for i, name in enumerate(CONTROL_TOKENS)}
@@ -105,8 +108,13 @@ class Tokenizer:
 
     def spell(self) -> tuple[list[str], list[tuple[str, str]]]:
         """Return tokens and merges of a BPE, in order, as GPT-2's files spell them: a byte a character."""
-        merges = [(_printable(left), _printable(right)) for left, right in _find_merges(self.vocabulary)]
-        return [_printable(token) for token in self.vocabulary], merges
+        if self._merges is None:
+            self._merges = [tuple(map(_printable, pair)) for pair in _find_merges(self.vocabulary)]
+        return [_printable(token) for token in self.vocabulary], self._merges
+
+    def __reduce__(self) -> tuple:
+        # The encoders cannot be pickled; another process builds its own.
+        return Tokenizer, (self.kind, self.vocabulary)
 
     @cached_property
     def _encode(self) -> Callable[[str], list[int]]:
@@ -291,8 +299,8 @@ def _parse_tokenizer_json(spec: dict, path: Path) -> Tokenizer:
     if kind == CHARACTERS:
         tokenizer = Tokenizer(kind, [token.encode() for token in tokens])
     else:
-        _check_merges(tokens, spec["model"]["merges"], path)
-        tokenizer = Tokenizer(kind, _parse_tokens(tokens))
+        merges = _parse_merges(tokens, spec["model"]["merges"], path)
+        tokenizer = Tokenizer(kind, _parse_tokens(tokens), merges)
     for name, token_id in added.items():
         if tokenizer.control_ids.get(name) != token_id:
             raise Mismatch(f"{path}: {name!r} has the id {token_id}, which is not ours; name another")
@@ -313,8 +321,7 @@ def _find_kind(spec: dict) -> str | None:
     return None
 
 
-def _check_merges(tokens: list[str], merges: list, where: Path) -> None:
-    # The place of a token is all that we keep of the merge that made it.
+def _parse_merges(tokens: list[str], merges: list, where: Path) -> list[tuple[str, str]]:
     pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
     places = {token: place for place, token in enumerate(tokens)}
     if [left + right for left, right in pairs] != [token for token in tokens if len(token) != 1]:
@@ -323,6 +330,7 @@ def _check_merges(tokens: list[str], merges: list, where: Path) -> None:
         raise Mismatch(f"{where}: a merge needs a token that only a later one makes; train a BPE anew")
     if set(_CHARACTER_TO_BYTE) != {token for token in tokens if len(token) == 1}:
         raise Mismatch(f"{where}: has not all 256 bytes as tokens; train a BPE anew")
+    return pairs
 
 
 def _read_tiktoken(path: Path) -> Tokenizer:
