@@ -11,7 +11,10 @@ rows that are in memory as messages already.
 
 import argparse
 import json
+import resource
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -93,8 +96,54 @@ def measure_reading(path: Path, out_dir: Path, num_proc: int) -> float:
     return time.perf_counter() - begin
 
 
+def compare_trl(args: argparse.Namespace, path: Path, tokenizer: Path, out_dir: Path) -> None:
+    """Measure the pairs, each with rows of its own."""
+    pair = iter(range(args.pairs))
+
+    def rate_ours() -> float:
+        write_rows(args.dataset, path, args.rows, f"pair {next(pair)}")
+        return args.rows / measure_ours(path, tokenizer, out_dir, args.num_proc)
+
+    def rate_trl() -> float:
+        return args.rows / measure_trl(path, tokenizer, out_dir, args.num_proc)
+
+    result = measure_pairs(rate_ours, rate_trl, args.pairs)
+    print(result)
+    settings = {"rows": args.rows, "num_proc": args.num_proc, "dataset": Path(args.dataset).name}
+    write_result("prep_data_vs_trl", result, settings)
+
+
+def rate_reading(args: argparse.Namespace, path: Path, out_dir: Path) -> None:
+    """Measure the first pass alone, five times."""
+    write_rows(args.dataset, path, args.lines, "line")
+    rates = sorted(args.lines / measure_reading(path, out_dir, args.num_proc) for _ in range(5))
+    print(rates)
+    result = {"median": rates[2], "low": rates[0], "high": rates[-1]}
+    write_result("reject_lines_per_s", result, {"lines": args.lines, "num_proc": args.num_proc})
+
+
+def measure_memory(path: Path, tokenizer: Path, out_dir: Path, num_proc: int) -> float:
+    """Return the peak MB of the largest process of prep_data.py, of all runs so far."""
+    shutil.rmtree(out_dir, ignore_errors=True)
+    flags = ["--dataset", path, "--tokenizer", tokenizer, "--out_dir", out_dir, "--num_proc", num_proc]
+    subprocess.run([sys.executable, "prep_data.py", *map(str, flags)], check=True, capture_output=True)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+
+
+def compare_memory(args: argparse.Namespace, path: Path, tokenizer: Path, out_dir: Path) -> None:
+    """Measure a set and one of ten times the rows, in this order: a peak is never forgotten."""
+    peaks = []
+    for count in (args.memory_rows, 10 * args.memory_rows):
+        write_rows(args.dataset, path, count, "row")
+        size = path.stat().st_size / 1e6
+        peaks.append((count, size, measure_memory(path, tokenizer, out_dir, args.num_proc)))
+    print(peaks)
+    result = {"median": peaks[1][2] / peaks[0][2], "rows_mb_peak_mb": peaks}
+    write_result("prep_data_memory_ratio", result, {"num_proc": args.num_proc})
+
+
 def main() -> None:
-    """Measure the pairs and write both rows."""
+    """Measure what is asked for, and write its rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--dataset", required=True, help="Alpaca rows")
     parser.add_argument("--tokenizer", required=True)
@@ -103,30 +152,19 @@ def main() -> None:
     parser.add_argument("--lines", type=int, default=200_000, help="for reading alone")
     parser.add_argument("--num_proc", type=int, default=2)
     parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--memory_rows", type=int, default=30_000)
+    parser.add_argument("--only", choices=("trl", "reading", "memory"))
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     tokenizer, path, out_dir = (args.work_dir / name for name in ("tokenizer", "rows.jsonl", "out"))
     tokenizer.mkdir(exist_ok=True)
     load_tokenizer(args.tokenizer).save(tokenizer, chat_template=CHAT_TEMPLATE)
-    settings = {"rows": args.rows, "num_proc": args.num_proc, "dataset": Path(args.dataset).name}
-
-    pair = iter(range(args.pairs))
-
-    def ours() -> float:
-        write_rows(args.dataset, path, args.rows, f"pair {next(pair)}")
-        return args.rows / measure_ours(path, tokenizer, out_dir, args.num_proc)
-
-    result = measure_pairs(
-        ours, lambda: args.rows / measure_trl(path, tokenizer, out_dir, args.num_proc), args.pairs
-    )
-    print(result)
-    write_result("prep_data_vs_trl", result, settings)
-
-    write_rows(args.dataset, path, args.lines, "line")
-    rates = sorted(args.lines / measure_reading(path, out_dir, args.num_proc) for _ in range(5))
-    print(rates)
-    reading = {"median": rates[2], "low": rates[0], "high": rates[-1], "lines": args.lines}
-    write_result("reject_lines_per_s", reading, settings)
+    if args.only in (None, "trl"):
+        compare_trl(args, path, tokenizer, out_dir)
+    if args.only in (None, "reading"):
+        rate_reading(args, path, out_dir)
+    if args.only in (None, "memory"):
+        compare_memory(args, path, tokenizer, out_dir)
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ ROWS = {
     "stage_a_gain_equal_time": "the same at equal total time",
     "prep_data_vs_trl": "rows/s of prep_data.py over TRL's preparation, 2 processes each: 5",
     "reject_lines_per_s": "lines/s read, checked, hashed, bad ones listed, 2 processes: 50,000",
+    "prep_data_memory_ratio": "peak memory of prep_data.py at ten times the rows over that at 30,000: 1.2",
     "train_gpu": "tokens/s on a GPU",
 }
 
