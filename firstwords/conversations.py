@@ -61,12 +61,21 @@ def gather_rows(located: Iterable[Located]) -> Iterator[list[tuple[str, int, Raw
     rows, size = [], 0
     for row in located:
         rows.append((row.file, row.line, row.row))
-        size += len(row.row) if isinstance(row.row, bytes) else 0
+        size += _measure(row.row)
         if len(rows) == BATCH_ROWS or size >= BATCH_BYTES:
             yield rows
             rows, size = [], 0
     if rows:
         yield rows
+
+
+def _measure(value) -> int:
+    """Return about how many bytes a row takes: those of its texts."""
+    if isinstance(value, bytes | str):
+        return len(value)
+    if isinstance(value, dict):
+        return sum(map(_measure, value.values()))
+    return sum(map(_measure, value)) if isinstance(value, list) else 0
 
 
 def survey_batch(batch: Batch, staging: Path) -> None:

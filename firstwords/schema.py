@@ -34,6 +34,10 @@ class RowError(ValueError):
         super().__init__(text)
         self.reason = reason
 
+    def __reduce__(self) -> tuple:
+        # An exception is pickled with what `__init__` hands on, which is the text alone.
+        return RowError, (self.reason, str(self))
+
 
 def parse_conversation(row: dict) -> list[Message]:
     """Check one row against the contract.

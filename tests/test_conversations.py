@@ -15,10 +15,12 @@ import pytest
 
 import prep_data
 from firstwords import conversations, prep
+from firstwords.conversations import gather_rows
 from firstwords.errors import BadData, BadFlag
 from firstwords.packing import choose_length, split_turns
 from firstwords.pages import draw_bars, draw_columns, format_html_table, format_page
 from firstwords.schema import parse_conversation
+from firstwords.sources import Located
 from firstwords.template import CHAT_TEMPLATE, encode_chat
 from firstwords.tokenizer import load_tokenizer, train_bpe
 
@@ -226,6 +228,29 @@ def test_any_number_of_processes_writes_the_same_bytes(tmp_path, run, monkeypatc
         made.append(read_files(tmp_path / "out"))
     assert made[0] == made[1]
     assert set(NAMES) < set(made[0])
+
+
+def test_bad_rows_that_the_reader_found_reach_the_processes(tmp_path, run, monkeypatch):
+    monkeypatch.setattr(conversations, "BATCH_ROWS", 4)
+    lines = [
+        "question,answer",
+        *(f"q {n},a {n}" for n in range(10)),
+        "one field",
+        *(f"r {n},a" for n in range(5)),
+    ]
+    (tmp_path / "a.csv").write_text("\n".join(lines) + "\n")
+    report = run("out", "--dataset", tmp_path / "a.csv", "--skip_bad", "--num_proc", "2")
+    assert report["rows"]["rejected"] == {"bad_csv": 1}
+    assert read_jsonl(tmp_path / "out" / "rejects.jsonl")[0]["line"] == 12
+
+
+def test_batches_end_where_rows_are_many_or_large(monkeypatch):
+    monkeypatch.setattr(conversations, "BATCH_ROWS", 5)
+    monkeypatch.setattr(conversations, "BATCH_BYTES", 100)
+    small, large = {"q": "x"}, {"messages": [{"content": "y" * 60}, {"content": "y" * 60}]}
+    rows = [Located("f", n, row) for n, row in enumerate([small] * 7 + [large, b"z" * 200, small], 1)]
+    sizes = [[line for _, line, _ in batch] for batch in gather_rows(rows)]
+    assert sizes == [[1, 2, 3, 4, 5], [6, 7, 8], [9], [10]]
 
 
 KILLED = """

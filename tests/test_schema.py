@@ -1,6 +1,7 @@
 """The conversation row: what is accepted, and why each bad line is refused, with its number."""
 
 import json
+import pickle
 
 import pytest
 
@@ -155,6 +156,11 @@ def test_a_last_line_that_breaks_off_is_refused(tmp_path):
 def test_a_conversation_is_formatted_as_its_row(text):
     messages = [Message("system", text), USER, Message("assistant", text)]
     assert format_conversation(messages) == format_row(conversation_row(messages))
+
+
+def test_a_reason_reaches_another_process():
+    copy = pickle.loads(pickle.dumps(RowError("nul", "holds a NUL")))
+    assert (copy.reason, str(copy)) == ("nul", "holds a NUL")
 
 
 def test_reading_is_lazy(tmp_path):
