@@ -36,6 +36,16 @@ ROWS = {
     "reject_lines_per_s": "lines/s read, checked, hashed, bad ones listed, 2 processes: 50,000",
     "prep_data_memory_ratio": "peak memory of prep_data.py at ten times the rows over that at 30,000: 1.2",
     "train_gpu": "tokens/s on a GPU",
+    "generate_cpu_fp32": "tokens/s of one stream, 124M, over transformers' generate in fp32, equal ids: 1.5",
+    "generate_cpu_fp16": "the same with --dtype fp16: 3",
+    "generate_cpu_bf16": "the same with --dtype bf16, on a CPU that computes in it: 3",
+    "generate_cpu_int8": "the same with --dtype int8: 3",
+    "generate_cpu_fp16_vs_llama": "tokens/s of --dtype fp16 over llama.cpp's f16: 0.8",
+    "generate_cpu_int8_vs_llama": "tokens/s of --dtype int8 over llama.cpp's f16: 1",
+    "generate_cpu_int8_vs_llama_q8": "tokens/s of --dtype int8 over llama.cpp's q8_0",
+    "generate_cpu_64_streams": "tokens/s of 64 streams in fp32 over generate's one stream: 10",
+    "generate_gpu": "tokens/s of one stream in fp32 on a GPU over generate's: 8",
+    "generate_gpu_bf16": "tokens/s of one stream in bf16 on a GPU over generate's in fp32",
 }
 
 
@@ -46,7 +56,11 @@ def measure_pairs(a: Callable[[], float], b: Callable[[], float], pairs: int = 5
         a, b: each runs one side once and returns its figure (larger is better, tokens per second).
         pairs: at least five.
     """
-    measured = [(a(), b()) for _ in range(pairs)]
+    return summarise_pairs([(a(), b()) for _ in range(pairs)])
+
+
+def summarise_pairs(measured: list[tuple[float, float]]) -> dict:
+    """Return the figures of all pairs, and the median of their ratios with the lowest and the highest."""
     ratios = sorted(x / y for x, y in measured)
     return {"pairs": measured, "median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
 

@@ -14,9 +14,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from firstwords.errors import BadData, BadFlag, Diverged
 
@@ -371,15 +372,18 @@ class Decoder:
         rows, width = len(self.lengths), max(self.lengths) + 1
         self._reserve(rows, width)
         ends = torch.tensor(self.lengths, device=self.model.device)  # (B,)
-        places = torch.arange(rows, device=ends.device)
-        mask = None
+        places, mask = torch.arange(rows, device=ends.device), None
         if min(self.lengths) + 1 < width:
             mask = torch.arange(width, device=ends.device) <= ends[:, None, None, None]  # (B, 1, 1, width)
 
         def attend(layer: int, projected: Tensor, scale: float) -> Tensor:
             query, key_value = projected[:, 0, :1].transpose(1, 2), projected[:, 0, 1:]
-            self._cache[layer][:, places, :, ends] = key_value  # (B, 2, H, D)
-            key, value = self._cache[layer, :, :rows, :, :width]
+            cache = self._cache[layer]
+            if mask is None:
+                cache[:, :rows, :, width - 1] = key_value.transpose(0, 1)  # (2, B, H, D)
+            else:
+                cache[:, places, :, ends] = key_value  # (B, 2, H, D)
+            key, value = cache[:, :rows, :, :width]
             return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
         new = torch.tensor(ids, device=ends.device)[:, None]
@@ -417,14 +421,37 @@ class Decoder:
         hidden = body.wte(ids) + body.wpe(positions)
         for layer, block in enumerate(body.h):
             attention = block.attn
-            projected = attention.c_attn(block.ln_1(hidden)).view(heads)
+            projected = _multiply(attention.c_attn, block.ln_1(hidden)).view(heads)
             seen = attend(layer, projected, attention.scaling)  # (n, H, T, D)
-            hidden = hidden + attention.c_proj(seen.transpose(1, 2).flatten(2))
-            hidden = hidden + block.mlp(block.ln_2(hidden))
+            hidden = hidden + _multiply(attention.c_proj, seen.transpose(1, 2).flatten(2))
+            inner = block.mlp.act(_multiply(block.mlp.c_fc, block.ln_2(hidden)))
+            hidden = hidden + _multiply(block.mlp.c_proj, inner)
         return body.ln_f(hidden)
 
     def _score(self, hidden: Tensor) -> Tensor:
-        return self.model.lm_head(hidden).float()
+        return _multiply(self.model.lm_head, hidden).float()
+
+
+def _multiply(matrix: nn.Module, x: Tensor) -> Tensor:
+    """Return `matrix(x)`; one row on a CPU by as many parts of the weights as there are threads.
+
+    MKL reads the weights for one row with one thread, or with two that wait for one another. In parts
+    it reads as fast as a sum does: one step of the 124M shape in fp32 took 24 ms in place of 35 (2 threads).
+    """
+    kind = type(matrix)
+    if x.numel() != x.shape[-1] or kind not in (Conv1D, nn.Linear):
+        return matrix(x)
+    weight, bias = matrix.weight, matrix.bias
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return matrix(x)
+    parts = math.gcd(torch.get_num_threads(), weight.shape[0])
+    if kind is Conv1D:  # (in, out): each part has some of the inputs
+        product = torch.bmm(x.reshape(parts, 1, -1), weight.view(parts, -1, weight.shape[1])).sum(0)
+    else:  # (out, in): each part has some of the outputs
+        rows = weight.view(parts, -1, weight.shape[1]).transpose(1, 2)
+        product = torch.bmm(x.reshape(1, 1, -1).expand(parts, -1, -1), rows)
+    product = product.view(*x.shape[:-1], -1)
+    return product if bias is None else product + bias
 
 
 def _penalise(logits: Tensor, replies: list[list[int]], penalty: float) -> None:

@@ -7,12 +7,14 @@ import random
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from firstwords.errors import BadData, BadFlag, Diverged
 from firstwords.generate import (
     Decoder,
     Sampling,
     Stream,
+    _multiply,
     draw,
     filter_logits,
     generate_batch,
@@ -79,31 +81,42 @@ def decode_uncached(model, prompt, steps):
     return ids[len(prompt) :], logits
 
 
-def record_logits(model, decode):
-    """Run `decode` and return the logits (B, V) of each step."""
-    seen = []
-    hook = model.lm_head.register_forward_hook(lambda *call: seen.append(call[-1].clone()))
-    decode()
-    hook.remove()
-    return seen
+@pytest.fixture
+def seen(monkeypatch):
+    """Return the list that the logits (B, V) of each step go to."""
+    logits, score = [], Decoder._score
+
+    def record(decoder, hidden):
+        logits.append(score(decoder, hidden))
+        return logits[-1].clone()
+
+    monkeypatch.setattr(Decoder, "_score", record)
+    return logits
 
 
-def test_stream_equals_the_uncached_forward(model):
+def test_stream_equals_the_uncached_forward(model, seen):
     for prompt in draw_prompts(4, seed=1):
         steps = POSITIONS - len(prompt)
         ids, logits = decode_uncached(model, prompt, steps)
-        seen = record_logits(model, lambda p=prompt: list(stream_ids(model, p, stop_ids=())))
+        seen.clear()
         assert list(stream_ids(model, prompt, stop_ids=())) == ids
         for cached, plain in zip(seen, logits, strict=True):
             torch.testing.assert_close(cached[0], plain, atol=1e-4, rtol=1e-5)
 
 
-def test_batch_of_unequal_prompts_equals_the_uncached_forward(model):
+@pytest.mark.parametrize("threads", [1, 3, 4])
+def test_one_row_in_parts_is_the_whole_product(monkeypatch, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    x = torch.randn(1, 1, 24)
+    for matrix in (Conv1D(12, 24), torch.nn.Linear(24, 12, bias=False)):
+        torch.nn.init.normal_(next(matrix.parameters()))
+        torch.testing.assert_close(_multiply(matrix, x), matrix(x))
+        torch.testing.assert_close(_multiply(matrix, x[0]), matrix(x[0]))
+
+
+def test_batch_of_unequal_prompts_equals_the_uncached_forward(model, seen):
     prompts = draw_prompts(8, seed=2, longest=40)
-    seen = record_logits(
-        model,
-        lambda: generate_batch(model, prompts, stop_ids=(), limits=[20] * 8),
-    )
+    generate_batch(model, prompts, stop_ids=(), limits=[20] * 8)
     by_length = sorted(prompts, key=len)
     for row, prompt in enumerate(by_length):
         _, logits = decode_uncached(model, prompt, 20)
