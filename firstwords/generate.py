@@ -436,7 +436,8 @@ def _multiply(matrix: nn.Module, x: Tensor) -> Tensor:
     """Return `matrix(x)`; one row on a CPU by as many parts of the weights as there are threads.
 
     MKL reads the weights for one row with one thread, or with two that wait for one another. In parts
-    it reads as fast as a sum does: one step of the 124M shape in fp32 took 24 ms in place of 35 (2 threads).
+    it reads as fast as a sum does: the best step of the 124M shape in
+    fp32 took 24 ms in one run and 35 without it in another (2 threads).
     """
     kind = type(matrix)
     if x.numel() != x.shape[-1] or kind not in (Conv1D, nn.Linear):
