@@ -281,6 +281,7 @@ def write_json(text: str, answer) -> None:
 
 def say(text: str, style: str = "") -> None:
     """Print a remark on stderr, apart from the answers; with colour only on a terminal."""
+    text = mask_control(text)
     if style and has_colour(sys.stderr):
         text = f"{COLOURS[style]}{text}\x1b[0m"
     print(text, file=sys.stderr, flush=True)

@@ -21,6 +21,7 @@ import numpy as np
 from firstwords import atomic
 from firstwords.errors import BadData
 from firstwords.generate import GREEDY, Sampling, stream_ids
+from firstwords.schema import mask_control
 from firstwords.session import ChatSession
 from firstwords.tokenizer import Tokenizer
 
@@ -107,7 +108,7 @@ def format_section(step: int, samples: dict[str, dict[str, str]]) -> str:
 def append_section(path: Path, section: str) -> None:
     """Write a section behind the others."""
     with open(path, "a", encoding="utf-8", opener=atomic.open_no_link) as file:
-        file.write(section)
+        file.write(mask_control(section))
 
 
 def cut_sections(path: Path, last_step: int) -> None:

@@ -42,6 +42,7 @@ from firstwords.args import TrainFlags, print_line
 from firstwords.errors import BadBatch, BadFlag, Diverged, IOFailed
 from firstwords.loss import evaluate_loss
 from firstwords.optimizer import MuonAdamWFactory
+from firstwords.schema import mask_control
 from firstwords.signals import StopWish
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import Tokenizer
@@ -537,6 +538,7 @@ class RunLog(TrainerCallback):
 
         A disk that is full, or a screen that is gone, ends no run.
         """
+        line = mask_control(line)
         with suppress(OSError):
             self._file.write(line + "\n")
         if self._bar is None:
