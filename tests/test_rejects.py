@@ -14,7 +14,7 @@ import pytest
 from firstwords.conversations import Batch, gather_rows, read_account, survey_batch
 from firstwords.parts import make_parts, open_work
 from firstwords.schema import RowError, parse_conversation, parse_line
-from firstwords.sources import read_raw_rows
+from firstwords.sources import read_raw_rows, to_conversation
 
 LINES = 100_000
 WORDS = ["tea", "bird", "seven", "naïve", "日本", "🎉", "line\nbreak", "tab\there", '"quoted"', "back\\slash"]
@@ -311,7 +311,19 @@ def test_each_mutator_knows_its_verdict(mutate, place):
     line, verdict = mutate(
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yo"}]}
     )
-    assert judge(line) == verdict, place
+    assert judge(line) == refuse(line) == verdict, place
+
+
+def refuse(line):
+    """Return why the package refuses a line, or None."""
+    try:
+        row = parse_line(line + b"\n")
+        if isinstance(row, RowError):
+            raise row
+        to_conversation(row)
+    except RowError as error:
+        return error.reason
+    return None
 
 
 def test_the_byte_of_bad_utf8_and_nul_is_named():
