@@ -5,6 +5,8 @@
     python inference.py --model_dir runs/chat --prompt "What is a dict?"   one answer, for scripts
     python inference.py --model_dir runs/chat < questions.txt              a question a line, one chat
     python inference.py --model_dir runs/chat --prompt_file questions.txt  a question a line, each for itself
+    python inference.py --model_dir runs/chat --web                        a page to chat on, in the browser
+    python inference.py --model_dir runs/chat --serve                      an API for OpenAI's clients
 
 --model_dir is a run, one of its checkpoints, or any model folder; of a run that is still training,
 the newest complete checkpoint is taken. Answers go to stdout, everything else to stderr. With --json
@@ -48,18 +50,31 @@ def parse_flags(argv: list[str] | None):
     add("--prompt_file", metavar="FILE", help="ask each line, in a chat of its own, and end; - is stdin")
     add("--json", action="store_true", help="answers as JSON, one object a line")
     add("--follow", action="store_true", help="go over to each new checkpoint, with the conversation")
+    add("--web", action="store_true", help="serve a page to chat on, and the API; Ctrl-C ends it")
+    add("--serve", action="store_true", help="serve the API alone")
+    add("--host", default="127.0.0.1", help="address to serve on, 0.0.0.0 for all; default 127.0.0.1")
+    add("--port", type=int, default=8000, help="to serve on, 0 for any that is free; default 8000")
+    add("--api_key", help="that clients must give; better as FIRSTWORDS_API_KEY, which nobody sees in ps")
+    add("--max_streams", type=int, default=16, help="replies decoded together; default 16, more wait")
     add("--history_file", type=Path, metavar="FILE", help="lines of earlier chats; /dev/null keeps none")
     flags = parser.parse_args(argv)
     if flags.prompt and flags.prompt_file:
         raise BadFlag("--prompt_file: stands beside --prompt; give one of them")
     if flags.follow and (flags.prompt or flags.prompt_file):
         raise BadFlag("--follow: is for a chat, and this ends with its answers; leave it out")
+    if (flags.web or flags.serve) and (flags.prompt or flags.prompt_file or flags.json or flags.follow):
+        raise BadFlag("--web, --serve: stand beside a flag of another chat; give one of them")
+    if flags.max_streams < 1:
+        raise BadFlag(f"--max_streams: is {flags.max_streams}; give a number from 1 on")
     return flags
 
 
 def main(argv: list[str] | None = None) -> None:
     """Load the model and chat as the flags and the terminal say."""
     flags = parse_flags(argv)
+    if flags.web or flags.serve:
+        serve(flags)
+        return
     session = open_session(flags)
     follower = build_follower(flags)
     sys.stdout.reconfigure(errors="replace")
@@ -76,6 +91,27 @@ def main(argv: list[str] | None = None) -> None:
         talk(session, follower, flags.history_file)
     else:
         run_lines(build_chat(session, follower))
+
+
+def serve(flags) -> None:
+    """Serve the model until Ctrl-C."""
+    from firstwords.server.api import build_app
+    from firstwords.server.serving import check_key, is_loopback, name_address, open_port, run
+
+    key = flags.api_key if flags.api_key is not None else os.environ.get("FIRSTWORDS_API_KEY")
+    check_key(key, flags.host)
+    with open_port(flags.host, flags.port) as port:
+        app = build_app(
+            open_session(flags),
+            name=Path(flags.model_dir).resolve().name,
+            key=key,
+            loopback=is_loopback(flags.host),
+            web=flags.web,
+            max_streams=flags.max_streams,
+        )
+        address = name_address(port)
+        say(f"{'chat at ' + address if flags.web else 'API at ' + address + '/v1'} (Ctrl-C ends)")
+        run(app, port)
 
 
 def open_session(flags):

@@ -31,6 +31,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     5  loss         model and rows of tokens -> the loss by tokens
     5  baselines    prepared data -> what counting alone would score
     6  score        questions with known answers -> marks
+    6  server       a model -> an API that speaks OpenAI's words, and a page to chat on
     6  repl         lines of a chat: questions and commands
     6  health       fixed prompts -> whether replies end, repeat, keep their role
     6  samples      a prompt -> what is said; the file in which one watches it learn

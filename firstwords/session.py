@@ -55,7 +55,7 @@ class Reply:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class Plan:
     """A turn about to be answered: all messages, the prompt of those in view, and the room behind it."""
 
     messages: list[Message]
@@ -178,9 +178,9 @@ class ChatSession:
                 history stays as it was.
             Diverged: while streaming, when the model gives NaN; the history stays as it was.
         """
-        return self._stream(self._plan(text))
+        return self._stream(self.plan(text))
 
-    def _stream(self, plan: _Plan) -> Iterator[str]:
+    def _stream(self, plan: Plan) -> Iterator[str]:
         decoder = codecs.getincrementaldecoder("utf-8")("replace")
         ids: list[int] = []
         pieces: list[str] = []
@@ -198,7 +198,7 @@ class ChatSession:
             raise
         self._record(plan, ids, "".join(pieces))
 
-    def _stream_ids(self, plan: _Plan) -> Iterator[int]:
+    def _stream_ids(self, plan: Plan) -> Iterator[int]:
         return stream_ids(
             self.model,
             plan.prompt,
@@ -212,7 +212,7 @@ class ChatSession:
         """Return the whole reply; errors as `stream`."""
         return "".join(self.stream(text))
 
-    def _plan(self, text: str) -> _Plan:
+    def plan(self, text: str) -> Plan:
         _check_message(text, "message")
         first = self._count_system()
         system, turns = self.messages[:first], self.messages[first:]
@@ -226,7 +226,7 @@ class ChatSession:
             raise self._refuse_length(f"{size:,} tokens", room, around)
         evicted = len(turns) // 2 - len(self._measure_view(room - size))
         prompt = encode_prompt([*system, *turns[2 * evicted :], question], self.tokenizer)
-        return _Plan([*self.messages, question], prompt, self.context - len(prompt), evicted)
+        return Plan([*self.messages, question], prompt, self.context - len(prompt), evicted)
 
     def _refuse_length(self, length: str, room: int, around: int) -> BadData:
         return BadData(
@@ -245,7 +245,7 @@ class ChatSession:
             sizes.append(size)
         return sizes
 
-    def _record(self, plan: _Plan, ids: list[int], text: str) -> Reply:
+    def _record(self, plan: Plan, ids: list[int], text: str) -> Reply:
         stopped = ids[-1:] == [self.tokenizer.end_id]
         self.last = Reply(text, plan.prompt, ids, stopped, plan.evicted)
         if text.strip():  # an empty turn is none: no row of the training data has one
@@ -291,7 +291,7 @@ def ask_many(sessions: Sequence[ChatSession], texts: Sequence[str], *, batch_siz
         return []
     one = sessions[0]
     assert all(s.model is one.model and s.sampling == one.sampling for s in sessions)
-    plans = [session._plan(text) for session, text in zip(sessions, texts, strict=True)]
+    plans = [session.plan(text) for session, text in zip(sessions, texts, strict=True)]
     replies = generate_batch(
         one.model,
         [plan.prompt for plan in plans],
@@ -333,7 +333,7 @@ def _open_own(session: ChatSession, text: str) -> ChatSession | BadData:
     own = ChatSession(session.model, session.tokenizer, context=session.context, sampling=session.sampling)
     own.messages = session.messages[: session._count_system()]
     try:
-        own._plan(text)
+        own.plan(text)
     except BadData as error:
         return error
     return own

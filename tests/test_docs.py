@@ -38,7 +38,7 @@ TAUGHT = ("README.md", "tutorial.md")
 DOCUMENTS = (*TAUGHT, "CONTRIBUTING.md")
 KINDS = {"sh", "sh run", "sh hub", "sh gpu", "text", "json"}
 # What commands may call besides our own scripts, and flags of those that the text names.
-FOREIGN = {"cat", "cd", "conda", "head", "ls", "pip", "source", "tail", "tensorboard", "wsl"}
+FOREIGN = {"cat", "cd", "conda", "curl", "head", "ls", "pip", "source", "tail", "tensorboard", "wsl"}
 FOREIGN_FLAGS = {"--logdir", "--install"}
 FILE_NAME = re.compile(r"[\w./-]+\.(py|sh|md|jsonl?|ya?ml|toml|txt|log|bin|jinja|out|safetensors)")
 PARSERS = {

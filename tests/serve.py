@@ -1,0 +1,79 @@
+"""What the tests of the server share: a tiny model behind a real port, and one that says what it is told."""
+
+import threading
+from contextlib import contextmanager
+
+import torch
+import uvicorn
+from tiny import BYTES
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from firstwords.server.api import build_app
+from firstwords.server.serving import name_address, open_port
+from firstwords.session import ChatSession
+
+
+def build_session(context=200, **options):
+    """Return a session of a model that babbles, something else for each prompt."""
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=BYTES.vocab_size_padded,
+        bos_token_id=BYTES.endoftext_id,
+        eos_token_id=BYTES.end_id,
+        initializer_range=0.3,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        n_positions=max(context, 256),
+    )
+    return ChatSession(GPT2LMHeadModel(config).eval(), BYTES, context=context, **options)
+
+
+class Told:
+    """Stands in a `Batcher`'s place and says `reply(question)`; `gate`, when given, lets each id through."""
+
+    load = (0, 0)
+
+    def __init__(self, reply, gate=None):
+        self.reply, self.gate = reply, gate
+        self.questions, self.prompts, self.samplings, self.left = [], [], [], threading.Event()
+
+    async def stream(self, prompt, sampling, limit=None):
+        """Yield the ids of the reply, as `Batcher.stream` does."""
+        self.prompts.append(BYTES.decode(prompt))
+        self.samplings.append(sampling)
+        text = self.prompts[-1].rpartition("<|user|>")[2]
+        self.questions.append(text.removesuffix("<|assistant|>").removesuffix("<|end|>"))
+        try:
+            for token_id in BYTES.encode(self.reply(self.questions[-1])):
+                if self.gate is not None:
+                    await self.gate(self)
+                yield token_id
+            yield BYTES.end_id
+        except GeneratorExit:
+            self.left.set()
+            raise
+
+    def close(self):
+        """Nothing runs."""
+
+
+@contextmanager
+def serve(session=None, *, build=build_app, batcher=None, **options):
+    """Serve on a free port from a thread; yields the address."""
+    app = build(session or build_session(), **{"name": "tiny", **options})
+    api = app.app.state.api
+    if batcher is not None:
+        api.batcher.close()
+        api.batcher = batcher
+    with open_port("127.0.0.1", 0) as port:
+        config = uvicorn.Config(app, log_level="critical", access_log=False, timeout_graceful_shutdown=1)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [port]})
+        thread.start()
+        try:
+            yield name_address(port)
+        finally:
+            api.batcher.close()
+            server.should_exit = True
+            thread.join()
