@@ -29,7 +29,9 @@ run python prep_data.py --dataset pydocs --tokenizer data/pydocs --out_dir data/
   --pydocs_passes 3 --seq_len 256 --show 3
 run python train.py --recipe configs/recipes/pydocs_text.yaml "${precision[@]}"
 run python train.py --recipe configs/recipes/pydocs_chat.yaml "${precision[@]}"
+run python evaluate.py --model_dir runs/pydocs_text
 run python evaluate.py --model_dir runs/pydocs_chat
+run python evaluate.py --model_dir runs/pydocs_chat --report
 
 if [ -t 0 ]; then
   run python inference.py --model_dir runs/pydocs_chat

@@ -15,8 +15,10 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     1  sources      rows of any known shape -> conversations; texts -> documents
     1  packing      lengths -> fixed rows
     1  prep         what both prep scripts share: flags, rejected rows, finished folders
+    1  plot         series of numbers -> charts as SVG
     2  template     CONTRACT: conversation -> ids and mask
     2  show         prepared conversations -> what a person sees of them
+    2  layout       texts and numbers -> parts of HTML and Markdown
     3  conversations  rows -> conversations and their tokens, in parts
     3  model        configuration -> GPT2LMHeadModel, and its loss
     3  optimizer    Muon and AdamW as one
@@ -29,6 +31,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     5  card         what files say of a model -> its model card
     5  quantize     matrices in fewer bytes, and what that costs
     5  loss         model and rows of tokens -> the loss by tokens
+    5  history      a run folder -> all that its files tell
     5  baselines    prepared data -> what counting alone would score
     6  score        questions with known answers -> marks
     6  server       a model -> an API that speaks OpenAI's words, and a page to chat on
@@ -38,5 +41,6 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     6  tasks        the tests that papers report -> scores
     7  terminal     the prompt of a chat on a terminal
     7  trainer      the Trainer subclass and its callbacks
+    7  report       a run folder -> report.html, report.md; two runs side by side
     7  monitor      a run in progress -> rates, samples, health, tests
 """

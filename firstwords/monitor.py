@@ -345,5 +345,5 @@ def parse_report_to(text: str) -> list[str]:
         if name not in REPORTERS:
             raise BadFlag(f"--report_to {name}: is not known; give {' or '.join(REPORTERS)}, or both")
         if find_spec(name) is None:
-            raise BadFlag(f"--report_to {name}: {name} is not installed; pip install 'firstwords[{name}]'")
+            raise BadFlag(f"--report_to {name}: {name} is not installed; pip install {name}")
     return names

@@ -193,7 +193,7 @@ def parse_eval_tasks(text: str) -> int | None:
 def check_harness() -> None:
     """Raise `BadFlag` when lm-eval is not installed."""
     if find_spec("lm_eval") is None:
-        raise BadFlag("--tasks: lm-eval is not installed; pip install 'firstwords[eval]'")
+        raise BadFlag("--tasks: lm-eval is not installed; pip install 'lm-eval[hf]'")
 
 
 def open_harness(task_dir: Path | None):

@@ -68,6 +68,7 @@ def test_the_figures_of_stage_b(folder, batch_size, capsys):
     assert figures["loss_by_turn"]["1"] == pytest.approx(loss.by_turn[1].mean, rel=1e-5)
     assert figures["loss_by_position"]["8"] == pytest.approx(loss.by_position[8].mean, rel=1e-5)
     assert figures["data"] == str(folder / "chats")
+    assert figures["health"]["num_prompts"] == 9
     assert (figures["checkpoint"], figures["step"]) == ("b", 2)
     printed = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["val_loss", f"{loss.mean:.4f}"] in printed

@@ -179,7 +179,7 @@ def test_it_says_when_the_text_of_stage_a_is_gone(folder, tmp_path):
     ("flags", "code", "why"),
     [
         ({"report_to": "wand"}, 2, "--report_to wand: is not known; give wandb or trackio"),
-        ({"report_to": "trackio"}, 2, "trackio is not installed; pip install 'firstwords[trackio]'"),
+        ({"report_to": "trackio"}, 2, "trackio is not installed; pip install trackio"),
         (
             {"eval_tasks": "piqa"},
             2,
