@@ -40,6 +40,14 @@ def init(folder):
     return train.check_parent(found, model, load_tokenizer(found))["weights"]
 
 
+def export(folder):
+    import export as script
+
+    out = Path(folder).parent / "exported"
+    script.main(["--model_dir", folder, "--format", "hf", "--out_dir", str(out)])
+    return (out / "chat_template.jinja").read_text() + " ".join(sorted(path.name for path in out.iterdir()))
+
+
 def prompt(folder):
     from firstwords.schema import Message
     from firstwords.template import encode_prompt

@@ -32,6 +32,8 @@ from firstwords.tokenizer import load_tokenizer
 
 # All that is ever opened of a model folder; the weights are mapped by the safetensors library.
 READ_BY_US = {"config.json", "manifest.json", "tokenizer.json"}
+FIGURES = {"evaluation.json", "trainer_state.json"}  # for the card of an export
+OURS = ("chat", "init", "export", "prompt")
 NOT_OURS = pytest.mark.xfail(strict=True, raises=AssertionError)
 ROW = {"question": "Why?", "answer": "So."}
 
@@ -167,9 +169,9 @@ MODEL_PAYLOADS = PICKLES | CONFIGS | TEMPLATES
 def list_acts(payloads):
     """Return what we do with each payload, and the stock way, in which it must act."""
     return [
-        pytest.param(name, act, marks=[] if act in ("chat", "init", "prompt") else NOT_OURS)
+        pytest.param(name, act, marks=[] if act in OURS else NOT_OURS)
         for name, (_, stock, _) in payloads.items()
-        for act in ("chat", "init", "prompt", stock)
+        for act in (*OURS, stock)
     ]
 
 
@@ -237,7 +239,7 @@ def told(clean, tmp_path_factory):
 
     for name, (build, stock, _) in MODEL_PAYLOADS.items():
         starts = ["start"] if stock == "stock_start" else []
-        for act in ("chat", "init", "prompt", *starts, stock):
+        for act in (*OURS, *starts, stock):
 
             def lay(folder, canary, build=build):
                 shutil.copytree(clean, folder)
@@ -270,7 +272,7 @@ def told(clean, tmp_path_factory):
     return told
 
 
-def check_harmless(record):
+def check_harmless(record, act):
     """Nothing happened: the work was done or refused in one line, and only what we read was opened."""
     assert not record["did"], record
     result = str(record["result"])
@@ -278,23 +280,23 @@ def check_harmless(record):
     if result.startswith("refused"):
         assert "\n" not in result
         assert "; " in result
-    assert set(record["opened"]) <= READ_BY_US, record
+    assert set(record["opened"]) <= READ_BY_US | (FIGURES if act == "export" else set()), record
     assert "my password" not in result
 
 
 @pytest.mark.parametrize(("name", "act"), list_acts(PICKLES))
 def test_no_pickle_is_loaded(told, name, act):
-    check_harmless(told[name, act])
+    check_harmless(told[name, act], act)
 
 
 @pytest.mark.parametrize(("name", "act"), list_acts(CONFIGS))
 def test_nothing_that_a_configuration_names_acts(told, name, act):
-    check_harmless(told[name, act])
+    check_harmless(told[name, act], act)
 
 
 @pytest.mark.parametrize(("name", "act"), list_acts(TEMPLATES))
 def test_no_template_is_executed(told, name, act):
-    check_harmless(told[name, act])
+    check_harmless(told[name, act], act)
 
 
 @pytest.mark.parametrize("name", MODEL_PAYLOADS)
