@@ -57,7 +57,7 @@ COMMANDS = {
 KEYS = """\
 Alt-Enter, or Esc and Enter, begins a new line in a question. The arrows and Ctrl-R find earlier lines.
 Ctrl-C stops the reply; at the prompt it clears the line, and twice in a row it leaves."""
-HELP = "\n".join([*(f"{name} {hint:<14}{text}" for name, (hint, text) in COMMANDS.items()), KEYS])
+HELP = "\n".join([*(f"{f'{name} {hint}':<20}{text}" for name, (hint, text) in COMMANDS.items()), KEYS])
 
 
 class Chat:
