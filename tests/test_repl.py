@@ -267,7 +267,8 @@ def test_a_saved_conversation_holds_turns_out_of_view(tmp_path):
     [
         (b"", "holds 0 conversations"),
         (b'{"messages": []}\n{"messages": []}\n', "holds more than one"),
-        (b"\x00\xff\xfe", "not UTF-8"),
+        (b"\xff\xfe", "not UTF-8"),
+        (b"\x00", "holds a NUL"),
         (b'{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
         (b'{"messages": [{"role": "root", "content": "x"}]}', "the role 'root'"),
         (b"[" * 100_000, "nested too deep|broken JSON"),
