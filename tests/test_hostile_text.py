@@ -10,8 +10,10 @@ import re
 import sys
 import unicodedata
 
+import httpx
 import pytest
 import transformers
+from serve import Told, build_session, serve
 from tiny import BYTES, run_script
 
 import inference
@@ -244,6 +246,35 @@ def test_crafted_strings_stay_text_in_the_chat(learned, model, monkeypatch):
         assert opened == learned.role_id("assistant")
         check_frame(prompt, [*build_talk(text), Message("user", "Hi")], learned)
         check_terminal(out.getvalue())
+
+
+# --- through the API, which is also what the web page calls
+
+
+class Notes(Told):
+    """Takes down the ids of the prompts, and says ok."""
+
+    def __init__(self):
+        super().__init__(lambda question: "ok")
+        self.ids = []
+
+    async def stream(self, prompt, sampling, limit=None):
+        self.ids.append(list(prompt))
+        async for token_id in super().stream(prompt, sampling, limit):
+            yield token_id
+
+
+def test_crafted_strings_stay_text_in_the_api():
+    notes, session = Notes(), build_session(context=1 << 14)
+    with serve(session, batcher=notes) as address, httpx.Client(base_url=address) as client:
+        for text in filter(is_text, CRAFTED):
+            talk = [*build_talk(text), Message("user", text)]
+            rows = [{"role": message.role, "content": message.content} for message in talk]
+            answer = client.post("/v1/chat/completions", json={"model": "tiny", "messages": rows})
+            assert answer.status_code == 200, answer.text
+            *prompt, opened = notes.ids[-1]
+            assert opened == BYTES.role_id("assistant")
+            check_frame(prompt, talk, BYTES)
 
 
 # --- the terminal
