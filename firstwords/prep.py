@@ -74,10 +74,17 @@ def add_source_flags(parser: argparse.ArgumentParser, *, dataset_help: str) -> N
     add(
         "--num_proc",
         type=parse_count,
-        default=len(os.sched_getaffinity(0)),
+        default=count_cores(),
         metavar="N",
         help="processes, default one for each core; the files are the same with any number",
     )
+
+
+def count_cores() -> int:
+    """Return how many cores this process may use; where the system does not say, all there are."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Accounts of rows, the split, and which folders a prep script may touch."""
 
 import json
+import os
 import subprocess
 import sys
 from array import array
@@ -126,3 +127,9 @@ def test_scripts_need_neither_torch_nor_transformers_nor_datasets():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_cores_are_counted_on_any_system(monkeypatch):
+    assert prep.count_cores() >= 1
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert prep.count_cores() == os.cpu_count()
