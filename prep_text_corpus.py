@@ -6,22 +6,24 @@
   python prep_text_corpus.py --dataset my_texts/ --out_dir data/mine --tokenizer bpe:8192
   python prep_text_corpus.py --dataset openwebtext --max_samples 100000 --out_dir data/owt
 
-Reads .txt, .jsonl, .json, .parquet, .csv, folders of those (sorted), Hub names (streamed; the texts
-wait on disk while the run lasts), and pydocs: the documentation of the installed Python. Writes
-train.bin, val.bin, corpus.json and the tokenizer's files, all at once at the end. The same command
-again finds its work done. Empty documents are dropped and counted; a bad one ends the run with exit
-65 (see --skip_bad).
+Reads .txt, .jsonl, .json, .parquet, .csv, and .gz and .zst of them; folders of those (sorted), patterns
+('texts/*.jsonl.zst'), Hub names (streamed), and pydocs: the documentation of the installed Python. Writes
+train.bin, val.bin, corpus.json and the tokenizer's files, all at once at the end. The same command again
+finds its work done, and unfinished work (.work-<name> beside --out_dir) is gone on with where it stopped.
+Empty documents are dropped and counted; bad ones end the run with exit 65 (see --skip_bad; the work is
+kept for it).
 
 val is 1 % of the distinct documents, drawn by seed, and at least one; equal documents are never on
 both sides. Of a corpus that is one single document, val is its last 10 % of characters.
 """
 
 import argparse
+import json
 import platform
 import sys
-from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
@@ -31,13 +33,27 @@ from tqdm import tqdm
 from firstwords import prep, pydocs, tokenstore
 from firstwords.args import build_parser, run_main
 from firstwords.atomic import stage_folder
-from firstwords.errors import BadData, BadFlag, MissingInput
-from firstwords.schema import RowError, format_row
-from firstwords.sources import SPLIT_DOCS, Document, Sample, find_place, read_texts
+from firstwords.corpus import UNIT_BYTES, EncodeJob, Survey, group_units, survey_parts, write_store
+from firstwords.errors import BadData, BadFlag, IOFailed, MissingInput
+from firstwords.hashes import count_distinct, sort_hashes
+from firstwords.parts import Work, finish_work, make_parts, open_work
+from firstwords.schema import RowError
+from firstwords.sources import (
+    EVERYTHING,
+    SPLIT_DOCS,
+    Document,
+    Sample,
+    TextSlice,
+    cut_text,
+    find_place,
+    iter_text_slices,
+    read_place,
+)
 from firstwords.template import CHAT_TEMPLATE
-from firstwords.tokenizer import Tokenizer, build_tokenizer, learns_from_text
+from firstwords.tokenizer import Tokenizer, build_tokenizer, learns_from_text, load_tokenizer
 
 REPORT = "corpus.json"
+SPOOL = "spool.jsonl"
 VAL_PCT, VAL_PCT_SINGLE = 1.0, 10.0
 
 
@@ -72,6 +88,13 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         metavar="NAME",
         help="installed packages whose docstrings pydocs has too; a requirements.txt names many",
     )
+    add(
+        "--engine",
+        choices=["local", "datatrove"],
+        default="local",
+        help="who shares the work out: this script, or datatrove, whose tasks Slurm and Ray run too",
+    )
+    add("--tasks", type=prep.parse_count, default=None, metavar="N", help="of datatrove, default --num_proc")
     args = parser.parse_args(argv)
     if [dataset.weight for dataset in args.dataset] != [1]:
         raise BadFlag("--dataset: a mix of several or of weights is not read here yet; give one")
@@ -81,6 +104,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         prep.refuse_flags(args, ("dataset_config", "split", "text_column"), "pydocs has none")
     else:
         prep.refuse_flags(args, ["pydocs_packages"], "--dataset is not pydocs")
+    if args.engine == "local":
+        prep.refuse_flags(args, ["tasks"], "--engine is not datatrove")
+    else:
+        why = "--engine datatrove reads all of some files"
+        prep.refuse_flags(args, ["max_samples", "sample_pct"], why)
     args.pydocs_packages = list(_expand_packages(args.pydocs_packages))
     return args
 
@@ -95,39 +123,89 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_flags(argv)
     corpus = Corpus(args)
     prep.refuse_out_dir_inside(args.dataset, args.out_dir)
-    made_by = {"command": prep.describe_flags(args), "sources": corpus.describe()}
+    made_by = {"command": describe_flags(args)}
     tokenizer = None
     if not learns_from_text(args.tokenizer):
         tokenizer = build_tokenizer(args.tokenizer, ())
         made_by["tokenizer_hash"] = tokenizer.hash
+    if args.out_dir.exists():
+        made_by["sources"] = corpus.describe()
     if prep.is_finished(args.out_dir, REPORT, made_by, overwrite=args.overwrite):
         print(f"{args.out_dir}: this corpus is there already, made by the same command")
         return
-    with stage_folder(args.out_dir, overwrite=True) as staging:
-        report = prepare(corpus, tokenizer, args, staging) | made_by
-        prep.seal_folder(staging, args.out_dir, REPORT, report)
+    with open_work(args.out_dir, plan_work(corpus, args, tokenizer)) as work:
+        report = work_through(corpus, tokenizer, args, work, made_by)
+        if "refused" not in report:
+            finish_work(work)
     if "refused" in report:
         raise BadData(report["refused"])
     print_summary(args.out_dir, report)
 
 
-def prepare(corpus: "Corpus", tokenizer: Tokenizer | None, args: argparse.Namespace, staging: Path) -> dict:
+def describe_flags(args: argparse.Namespace) -> dict:
+    """Return the flags that decide what is in the store."""
+    return {name: v for name, v in prep.describe_flags(args).items() if name not in ("engine", "tasks")}
+
+
+def plan_work(corpus: "Corpus", args: argparse.Namespace, tokenizer: Tokenizer | None) -> dict:
+    """Return all that decides what is in the parts; the rest may change before they are put together."""
+    flags = {name: str(value) for name, value in prep.describe_flags(args).items()}
+    for name in ("skip_bad", "val_pct", "tasks"):
+        flags.pop(name)
+    made_with = {name: version(name) for name in ("tiktoken", "tokenizers")}
+    return {
+        "format": tokenstore.FORMAT,
+        "flags": flags,
+        "sources": corpus.describe_quickly(),
+        "tokenizer": tokenizer.hash if tokenizer else made_with,
+    }
+
+
+def work_through(
+    corpus: "Corpus", tokenizer: Tokenizer | None, args: argparse.Namespace, work: Work, made_by: dict
+) -> dict:
+    """Make `out_dir` from the parts, made now or by a run that was stopped; returns its report."""
+    if work.changed:
+        print(f"{args.out_dir}: unfinished work had other {work.changed}; starting anew", file=sys.stderr)
+    elif not work.is_empty():
+        print(f"{args.out_dir}: going on with unfinished work", file=sys.stderr)
+    with ThreadPoolExecutor(1) as beside, stage_folder(args.out_dir, overwrite=True) as staging:
+        sources = beside.submit(corpus.describe)
+        report = prepare(corpus, tokenizer, args, work, staging)
+        corpus.check_unchanged()
+        report |= made_by | {"sources": sources.result()}
+        prep.seal_folder(staging, args.out_dir, REPORT, report)
+    return report
+
+
+def prepare(
+    corpus: "Corpus", tokenizer: Tokenizer | None, args: argparse.Namespace, work: Work, staging: Path
+) -> dict:
     """Fill the staging folder.
 
     Returns:
         the report; with `refused` when there are bad documents and `--skip_bad` is not given.
     """
-    corpus.spool = staging / "spool.jsonl"
+    tokenizer = tokenizer or learn_tokenizer(corpus, args.tokenizer, work)
+    job = EncodeJob(tokenizer, args.seed)
+    parts = []
     with prep.Rejects(staging) as rejects:
-        survey = survey_documents(corpus.read(), rejects, args.seed)
-    report = {"format": tokenstore.FORMAT, "documents": survey.describe(rejects)}
+        if args.engine == "datatrove":
+            made = run_datatrove(corpus.build_step(job, work), args.tasks or args.num_proc, args.num_proc)
+        else:
+            made = make_parts(job, group_units(corpus.read(work.folder)), work, num_proc=args.num_proc)
+        made = tqdm(made, "encoding", unit=f" x {UNIT_BYTES >> 20} MB", disable=None)
+        survey = survey_parts(
+            (parts.append(part) or part for part in made), work.folder, rejects.add, args.seed
+        )
+    ascending = sort_hashes(survey.hashes, work.folder / "sorted.bin")
+    duplicates = survey.kept - count_distinct(ascending)
+    report = {"format": tokenstore.FORMAT, "documents": describe_documents(survey, rejects, duplicates)}
     refusal = check_survey(survey, rejects, args)
     if refusal:
         return report | {"refused": refusal}
-    if tokenizer is None:
-        tokenizer = build_tokenizer(args.tokenizer, chain.from_iterable(iter_texts(corpus.read())))
-    splits = write_splits(iter_texts(corpus.read()), survey, tokenizer, args, staging)
-    corpus.spool.unlink(missing_ok=True)
+    val_pct = args.val_pct or (VAL_PCT_SINGLE if survey.kept == 1 else VAL_PCT)
+    splits = write_store(parts, survey, ascending, tokenizer, staging, val_pct)
     tokenizer.save(staging, chat_template=CHAT_TEMPLATE)
     return report | {
         "dtype": tokenstore.choose_dtype(len(tokenizer)).str,
@@ -137,28 +215,81 @@ def prepare(corpus: "Corpus", tokenizer: Tokenizer | None, args: argparse.Namesp
     }
 
 
-def check_survey(survey: "Survey", rejects: prep.Rejects, args: argparse.Namespace) -> str | None:
+def run_datatrove(step, num_tasks: int, num_proc: int) -> Iterator[Path]:
+    """Run a step on the processes of this machine; yields its parts in order.
+
+    Raises:
+        IOFailed: when a task has failed.
+    """
+    from datatrove.executor import LocalPipelineExecutor
+
+    parts = [step.work.part(number) for number, _ in enumerate(step.iter_units())]
+    logs = str(step.work.folder / f"datatrove-{num_tasks}")
+    if not all(part.exists() for part in parts):
+        LocalPipelineExecutor([step], tasks=num_tasks, workers=num_proc, logging_dir=logs).run()
+    for part in parts:
+        if not part.exists():
+            raise IOFailed(f"{part}: no task has made it; see {logs} and run the same command again")
+        yield part
+
+
+def build_step(argv: list[str]):
+    """Return the step that makes the parts of a corpus, for any executor of datatrove.
+
+    When all its tasks are done, the script with the same flags puts the parts together.
+
+    Args:
+        argv: the flags of this script, among them `--engine datatrove`.
+    """
+    args = parse_flags(argv)
+    corpus = Corpus(args)
+    tokenizer = None if learns_from_text(args.tokenizer) else build_tokenizer(args.tokenizer, ())
+    with open_work(args.out_dir, plan_work(corpus, args, tokenizer)) as work:
+        work.stage("datatrove")
+        tokenizer = tokenizer or learn_tokenizer(corpus, args.tokenizer, work)
+        return corpus.build_step(EncodeJob(tokenizer, args.seed), work)
+
+
+def learn_tokenizer(corpus: "Corpus", spec: str, work: Work) -> Tokenizer:
+    """Make the tokenizer from all texts, or load the one that a stopped run has made of them."""
+    folder = work.folder / "tokenizer"
+    if not folder.exists():
+        documents = tqdm(corpus.read_first(work.folder), "learning", unit=" documents", disable=None)
+        texts = (document.pieces for document in documents if not isinstance(document.pieces, RowError))
+        tokenizer = build_tokenizer(spec, chain.from_iterable(texts))
+        with stage_folder(folder) as staging:
+            tokenizer.save(staging, chat_template=CHAT_TEMPLATE)
+    return load_tokenizer(folder)
+
+
+def describe_documents(survey: Survey, rejects: prep.Rejects, duplicates: int) -> dict:
+    """Return the account of all documents: read = kept + empty + rejected."""
+    return {
+        "read": survey.read,
+        "kept": survey.kept,
+        "empty": survey.empty,
+        "rejected": rejects.describe(),
+        "duplicates": duplicates,
+    }
+
+
+def check_survey(survey: Survey, rejects: prep.Rejects, args: argparse.Namespace) -> str | None:
     """Print the first bad documents and tell why the corpus is refused, if it is."""
     for line in rejects.first:
         print(line, file=sys.stderr)
     where = f"all are listed in {args.out_dir / prep.REJECTS}"
     if rejects.total and not args.skip_bad:
         return (
-            f"{args.dataset}: {rejects.total} of {survey.read + rejects.total} documents are bad, "
+            f"{args.dataset}: {rejects.total} of {survey.read} documents are bad, "
             f"{where}; mend them or pass --skip_bad"
         )
-    if survey.characters < 2 or not survey.hashes:
+    if survey.characters < 2 or not survey.kept:
         return f"{args.dataset}: holds no text; name another --dataset"
     return None
 
 
 class Corpus:
-    """The documents of `--dataset`, which can be read more than once.
-
-    Attributes:
-        spool: where the texts of a Hub set wait for the second pass, so that they are downloaded
-            once.
-    """
+    """The documents of `--dataset`, which can be read more than once."""
 
     def __init__(self, args: argparse.Namespace):
         self._args = args
@@ -166,7 +297,7 @@ class Corpus:
         self._place = None
         if args.dataset != "pydocs":
             self._place = find_place(args.dataset, split=args.split, config=args.dataset_config)
-        self.spool: Path | None = None
+        self._seen = self.describe_quickly()
 
     def describe(self) -> list[dict]:
         """Return what the corpus is made from, for the report."""
@@ -175,37 +306,101 @@ class Corpus:
         packages = {name: find_version(name) for name in self._args.pydocs_packages}
         return [{"pydocs": f"Python {platform.python_version()}", "packages": packages}]
 
-    def read(self) -> Iterator[Document]:
-        """Read all documents, or the sample of them."""
+    def describe_quickly(self) -> list[dict]:
+        """Return what tells two inputs apart without reading them: of files size and time of change."""
+        if self._place is None or self._place.on_hub:
+            return self.describe()
+        stats = [(file, file.stat()) for file in self._place.files]
+        return [{"file": str(file), "bytes": s.st_size, "changed_ns": s.st_mtime_ns} for file, s in stats]
+
+    def check_unchanged(self) -> None:
+        """Compare the files with what they were when the run began.
+
+        Raises:
+            BadData: when one is another one now.
+        """
+        for now, before in zip(self.describe_quickly(), self._seen, strict=True):
+            if now != before:
+                raise BadData(f"{now['file']}: changed while it was read; run it again")
+
+    def read(self, folder: Path) -> Iterator[TextSlice | Document]:
+        """Read all documents, or slices of files that have them, or the sample of them.
+
+        Args:
+            folder: where `read_first` has put what is not to be downloaded twice.
+        """
         if self._place is None:
             return self._sample.draw(self._read_pydocs)
-        if not self._place.on_hub:
-            return self._read_texts()
-        if self.spool.exists():
-            return read_texts(str(self.spool), text_column="text")
-        return self._read_and_spool()
+        if self._place.on_hub:
+            spool = folder / SPOOL
+            return read_spool(spool) if spool.exists() else self._read_documents()
+        if self._sample != Sample(seed=self._args.seed):
+            return self._read_documents()
+        return self._read_files()
+
+    def build_step(self, job: EncodeJob, work: Work):
+        """Return the step of datatrove that encodes the files.
+
+        Raises:
+            BadFlag: when there are none, or datatrove is not installed.
+        """
+        if self._place is None or self._place.on_hub:
+            raise BadFlag(
+                f"--engine: datatrove, but {self._args.dataset} is no local files; download it first"
+            )
+        try:
+            from firstwords.cluster import EncodeParts
+        except ModuleNotFoundError as error:
+            raise BadFlag(
+                f"--engine: datatrove, but {error.name!r} is missing; pip install 'firstwords[cluster]'"
+            ) from None
+        return EncodeParts(job, self._place.files, self._args.split_docs, self._args.text_column, work)
+
+    def read_first(self, folder: Path) -> Iterator[Document]:
+        """Read all documents for another reading to follow."""
+        if self._place is None:
+            return self._sample.draw(self._read_pydocs)
+        documents = self._read_documents()
+        return spool_documents(documents, folder / SPOOL) if self._place.on_hub else documents
 
     def _read_pydocs(self) -> Iterator[Document]:
         for number, (source, text) in enumerate(pydocs.iter_documents(self._args.pydocs_packages), 1):
-            yield Document(source, number, (text,))
+            yield Document(source, number, cut_text(text))
 
-    def _read_texts(self) -> Iterator[Document]:
-        args = self._args
-        return read_texts(
-            args.dataset,
-            split=args.split,
-            config=args.dataset_config,
-            text_column=args.text_column,
-            split_docs=args.split_docs,
-            sample=self._sample,
-        )
+    def _read_documents(self) -> Iterator[Document]:
+        return read_place(self._place, self._args.text_column, self._args.split_docs, self._sample)
 
-    def _read_and_spool(self) -> Iterator[Document]:
-        with open(self.spool, "w", encoding="utf-8") as spool:
-            for document in self._read_texts():
-                if not isinstance(document.pieces, RowError):
-                    spool.write(format_row({"text": "".join(document.pieces)}))
-                yield document
+    def _read_files(self) -> Iterator[TextSlice | Document]:
+        column, split_docs = self._args.text_column, self._args.split_docs
+        for file in self._place.files:
+            slices = iter_text_slices(file, split_docs, column)
+            yield from (
+                read_place(replace(self._place, files=(file,)), column, split_docs, EVERYTHING)
+                if (slices is None)
+                else slices
+            )
+
+
+def spool_documents(documents: Iterable[Document], spool: Path) -> Iterator[Document]:
+    """Pass the documents on, and keep them in a file; the bad ones too."""
+    with open(spool, "w", encoding="utf-8") as rows:
+        for document in documents:
+            row = {"file": document.file, "line": document.line}
+            if isinstance(document.pieces, RowError):
+                row |= {"reason": document.pieces.reason, "detail": str(document.pieces)}
+            else:
+                row["text"] = "".join(document.pieces)
+            rows.write(json.dumps(row) + "\n")
+            yield document
+
+
+def read_spool(spool: Path) -> Iterator[Document]:
+    """Read what `spool_documents` has kept."""
+    with open(spool, encoding="utf-8") as rows:
+        for row in map(json.loads, rows):
+            bad = "reason" in row
+            text = RowError(row["reason"], row["detail"]) if bad else cut_text(row["text"])
+            yield Document(row["file"], row["line"], text)
 
 
 def find_version(package: str) -> str:
@@ -220,158 +415,6 @@ def find_version(package: str) -> str:
         raise MissingInput(
             f"--pydocs_packages: {package!r} is not installed; install it or leave it out"
         ) from None
-
-
-@dataclass
-class Survey:
-    """What a first pass over the documents found; `hashes` are those of the documents that stay."""
-
-    empty: int = 0
-    characters: int = 0
-    num_bytes: int = 0
-    hashes: array = field(default_factory=lambda: array("Q"))
-
-    @property
-    def read(self) -> int:
-        """Documents that could be read."""
-        return self.empty + len(self.hashes)
-
-    def describe(self, rejects: prep.Rejects) -> dict:
-        """Return the account of all documents: read = kept + empty + rejected."""
-        return {
-            "read": self.read + rejects.total,
-            "kept": len(self.hashes),
-            "empty": self.empty,
-            "rejected": rejects.describe(),
-            "duplicates": prep.count_duplicates(self.hashes),
-        }
-
-
-def survey_documents(documents: Iterable[Document], rejects: prep.Rejects, seed: int) -> Survey:
-    """Read everything once, so that nothing bad is found after an hour of encoding."""
-    survey = Survey()
-    for document in tqdm(documents, "reading", unit=" documents", disable=None):
-        if isinstance(document.pieces, RowError):
-            rejects.add(document.file, document.line, document.pieces)
-        else:
-            _survey_text(survey, document.pieces, seed)
-    return survey
-
-
-def _survey_text(survey: Survey, pieces: Iterable[str], seed: int) -> None:
-    kept = skip_empty(pieces)
-    if kept is None:
-        survey.empty += 1
-        return
-
-    def count() -> Iterator[str]:
-        for piece in kept:
-            survey.characters += len(piece)
-            survey.num_bytes += len(piece.encode("utf-8"))
-            yield piece
-
-    survey.hashes.append(prep.hash_content(count(), seed))
-
-
-def skip_empty(pieces: Iterable[str]) -> Iterator[str] | None:
-    """Return the pieces of a text, or None when there is nothing but white space in it."""
-    pieces = iter(pieces)
-    # A text of several pieces has a word in the first: it is cut behind one.
-    first = next(pieces, "")
-    return chain([first], pieces) if first.strip() else None
-
-
-def iter_texts(documents: Iterable[Document]) -> Iterator[Iterator[str]]:
-    """Yield the pieces of each document that stays: neither bad nor empty."""
-    for document in documents:
-        if not isinstance(document.pieces, RowError):
-            kept = skip_empty(document.pieces)
-            if kept is not None:
-                yield kept
-
-
-def write_splits(
-    texts: Iterable[Iterator[str]],
-    survey: Survey,
-    tokenizer: Tokenizer,
-    args: argparse.Namespace,
-    staging: Path,
-) -> dict[str, dict]:
-    """Encode and write both sides; returns their counts as `corpus.json` has them."""
-    writers = {split: SplitWriter(staging, split, tokenizer) for split in ("train", "val")}
-    total = {"total": survey.num_bytes, "unit": "B", "unit_scale": True}
-    with tqdm(desc="encoding", disable=None, **total) as bar:
-        for split, pieces in assign_splits(texts, survey, args.val_pct):
-            bar.update(writers[split].write_document(pieces))
-    splits = {split: writer.close() for split, writer in writers.items()}
-    check_counts(splits, survey, args.dataset)
-    return splits
-
-
-def assign_splits(
-    texts: Iterable[Iterator[str]], survey: Survey, val_pct: float | None
-) -> Iterator[tuple[str, Iterable[str]]]:
-    """Yield `(split, pieces)`: whole documents, or a single one in two parts."""
-    if len(survey.hashes) == 1:
-        val_pct = val_pct or VAL_PCT_SINGLE
-        cut = min(max(1, int(survey.characters * (1 - val_pct / 100))), survey.characters - 1)
-        yield from _cut_text(next(iter(texts)), cut)
-        return
-    limit = prep.find_val_limit(survey.hashes, val_pct or VAL_PCT)
-    for content, pieces in zip(survey.hashes, texts, strict=False):
-        yield ("val" if content <= limit else "train"), pieces
-
-
-def _cut_text(pieces: Iterator[str], cut: int) -> Iterator[tuple[str, Iterable[str]]]:
-    rest = []
-
-    def head() -> Iterator[str]:
-        left = cut
-        for piece in pieces:
-            yield piece[:left]
-            if len(piece) >= left:
-                rest.append(piece[left:])
-                return
-            left -= len(piece)
-
-    yield "train", head()
-    yield "val", chain(rest, pieces)
-
-
-def check_counts(splits: dict[str, dict], survey: Survey, dataset: str) -> None:
-    """Compare what was written with what the first pass had read.
-
-    Raises:
-        BadData: when the files have changed in between.
-    """
-    written = sum(counts["bytes"] for counts in splits.values())
-    if written != survey.num_bytes:
-        raise BadData(
-            f"{dataset}: {survey.num_bytes} bytes of text at the first reading, {written} at the "
-            "second; it changed meanwhile, run it again"
-        )
-
-
-class SplitWriter:
-    """One side of the store: encodes documents and appends them."""
-
-    def __init__(self, staging: Path, split: str, tokenizer: Tokenizer):
-        self._tokenizer = tokenizer
-        self._writer = tokenstore.TokenStoreWriter(staging, split, len(tokenizer))
-
-    def write_document(self, pieces: Iterable[str]) -> int:
-        """Write one document, then `<|endoftext|>`; returns its bytes of text."""
-        total = 0
-        for piece in pieces:
-            size = len(piece.encode("utf-8"))
-            self._writer.append(self._tokenizer.encode(piece), size)
-            total += size
-        self._writer.end_document(self._tokenizer.endoftext_id)
-        return total
-
-    def close(self) -> dict:
-        """Return the counts of `corpus.json`."""
-        return self._writer.close()
 
 
 def print_summary(out_dir: Path, report: dict) -> None:

@@ -19,7 +19,9 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     2  template     CONTRACT: conversation -> ids and mask
     2  show         prepared conversations -> what a person sees of them
     2  layout       texts and numbers -> parts of HTML and Markdown
+    2  corpus       documents -> encoded parts -> the token store
     3  conversations  rows -> conversations and their tokens, in parts
+    3  cluster      slices of files -> parts, as a step of datatrove on any machines
     3  model        configuration -> GPT2LMHeadModel, and its loss
     3  optimizer    Muon and AdamW as one
     4  dataset      prepared data -> rows of tensors

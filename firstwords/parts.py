@@ -63,9 +63,9 @@ class Work:
         (self.folder / name).mkdir(exist_ok=True)
         return Work(self.folder / name)
 
-    def count_parts(self) -> int:
-        """Return how many parts are there."""
-        return sum(1 for _ in self.folder.glob("part-*"))
+    def is_empty(self) -> bool:
+        """Tell whether no part is there, nor any other folder."""
+        return not any(path.is_dir() for path in self.folder.iterdir())
 
 
 @contextmanager
@@ -93,7 +93,7 @@ def open_work(out_dir: Path, plan: dict) -> Iterator[Work]:
             finish_work(work)
             raise
         finally:
-            if folder.exists() and not work.count_parts():
+            if folder.exists() and work.is_empty():
                 finish_work(work)
 
 

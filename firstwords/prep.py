@@ -3,25 +3,20 @@
     with Rejects(staging) as rejects:
         rejects.add("chat.jsonl", 7, error)       -> rejects.jsonl, rejects.counts, rejects.first
 
-Invariants: what was read is what was kept plus what was dropped, by reason; equal contents never
-stand on both sides of the split; a finished folder is left alone, or replaced when that is asked
-for, and a folder that no prep script made is never touched.
+Invariants: what was read is what was kept plus what was dropped, by reason; a finished folder is left
+alone, or replaced when that is asked for, and a folder that no prep script made is never touched.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import random
 import re
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
-
-import numpy as np
 
 from firstwords.atomic import format_json, hash_file, sweep_leftovers
 from firstwords.errors import BadData, BadFlag, CannotCreate
@@ -218,39 +213,6 @@ class Rejects:
     def describe(self) -> dict[str, int]:
         """Return the counts, the commonest reason first."""
         return dict(self.counts.most_common())
-
-
-def hash_content(parts: Iterable[str], seed: int) -> int:
-    """Return 64 bits that equal contents share and that the seed changes."""
-    digest = hashlib.blake2b(digest_size=8, key=str(seed).encode())
-    for part in parts:
-        digest.update(part.encode("utf-8"))
-    return int.from_bytes(digest.digest(), "big")
-
-
-def find_val_limit(hashes: array, val_pct: float) -> int:
-    """Return the highest hash that belongs to val: a share of the distinct contents, at least one.
-
-    Args:
-        hashes: of all contents, in any order.
-        val_pct: percent of the distinct ones.
-
-    Raises:
-        BadData: when there are not two distinct contents, one for each side.
-    """
-    distinct = np.unique(np.frombuffer(hashes, dtype=np.uint64))
-    if len(distinct) < 2:
-        raise BadData(
-            f"--dataset: the {len(hashes)} kept rows are all equal; "
-            "a split for validation needs two different ones, give more data"
-        )
-    wanted = min(max(1, round(len(distinct) * val_pct / 100)), len(distinct) - 1)
-    return int(distinct[wanted - 1])
-
-
-def count_duplicates(hashes: array) -> int:
-    """Return how many contents had occurred before."""
-    return len(hashes) - len(np.unique(np.frombuffer(hashes, dtype=np.uint64)))
 
 
 def is_finished(out_dir: Path, report_name: str, made_by: dict, *, overwrite: bool) -> bool:

@@ -12,11 +12,12 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property
-from itertools import pairwise
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
+from itertools import chain, pairwise
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -29,8 +30,9 @@ BYTE_LEVEL, CHARACTERS = "byte-level BPE", "characters"
 
 # GPT-2's word pattern: contractions, letters, digits, other signs, white space.
 # Radford et al. 2019, section 2.2; the words are those that `pre_tokenizers.ByteLevel` finds. Blanks that
-# end the text have a branch of their own, which does not backtrack.
-WORD_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"""
+# end the text have a branch of their own, which does not backtrack. No contraction begins as a word does, so
+# the commoner of the two may come first: that is 8 % faster than GPT-2's order.
+WORD_PATTERN = r""" ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"""
 
 # The longest `tokenizer.json` or `.tiktoken` that is read; GPT-2's have 3.5 and 0.8 million bytes.
 TOKENIZER_BYTES = 1 << 26
@@ -38,6 +40,7 @@ TOKENIZER_BYTES = 1 << 26
 # tiktoken panics at a million blanks in a row before a word. Cut before the last of them, where the pattern
 # cuts anyway, they end a text.
 LONG_BLANK = re.compile(r"(?<!\s)\s{500000,}(?=\s\S)")
+NEVER = "\0never\0"
 
 
 class Tokenizer:
@@ -92,9 +95,9 @@ class Tokenizer:
         """
         return self._encode(text)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Encode several texts on one thread, each as `encode` does."""
-        return [self._encode(text) for text in texts]
+    def encode_array(self, text: str) -> np.ndarray:
+        """Encode as `encode` does, faster for long texts; returns (N,) uint32."""
+        return self._encode_array(text)
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """Return the raw bytes of the ordinary tokens; control ids are left out."""
@@ -118,34 +121,43 @@ class Tokenizer:
 
     @cached_property
     def _encode(self) -> Callable[[str], list[int]]:
-        return self._encode_characters() if self.kind == CHARACTERS else self._encode_bpe()
+        if self.kind == CHARACTERS:
+            return lambda text: self._encode_array(text).tolist()
+        encode = self._bpe.encode_ordinary
+        return lambda text: list(chain.from_iterable(map(encode, _cut_blanks(text))))
 
-    def _encode_bpe(self) -> Callable[[str], list[int]]:
+    @cached_property
+    def _encode_array(self) -> Callable[[str], np.ndarray]:
+        if self.kind == CHARACTERS:
+            return self._encode_characters()
+        encode = partial(self._bpe.encode_to_numpy, disallowed_special=())
+        return lambda text: np.concatenate([encode(part) for part in _cut_blanks(text)])
+
+    @cached_property
+    def _bpe(self) -> tiktoken.Encoding:
         ranks = {token: rank for rank, token in enumerate(self.vocabulary)}
-        encoding = tiktoken.Encoding(
-            "firstwords", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens={}
+        # The special token is never allowed, so it is text like any other; but without one `encode_to_numpy`
+        # looks for it at every place, and takes 1.7 times as long.
+        special = {NEVER: len(ranks)}
+        return tiktoken.Encoding(
+            "firstwords", pat_str=WORD_PATTERN, mergeable_ranks=ranks, special_tokens=special
         )
 
-        def encode(text: str) -> list[int]:
-            cuts = [match.end() for match in LONG_BLANK.finditer(text)] if len(text) > 500_000 else []
-            if not cuts:
-                return encoding.encode_ordinary(text)
-            parts = [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])]
-            return [i for part in parts for i in encoding.encode_ordinary(part)]
+    def _encode_characters(self) -> Callable[[str], np.ndarray]:
+        points = [ord(token.decode()) for token in self.vocabulary]
+        unknown = len(points)
+        ids = np.full(max(points) + 2, unknown, dtype=np.uint32)
+        ids[points] = np.arange(len(points))
 
-        return encode
-
-    def _encode_characters(self) -> Callable[[str], list[int]]:
-        ids = {token.decode(): i for i, token in enumerate(self.vocabulary)}
-
-        def encode(text: str) -> list[int]:
-            try:
-                return [ids[character] for character in text]
-            except KeyError as error:
+        def encode(text: str) -> np.ndarray:
+            found = ids[np.minimum(np.frombuffer(text.encode("utf-32-le"), "<u4"), len(ids) - 1)]
+            if (found == unknown).any():
+                strange = text[int((found == unknown).argmax())]
                 raise BadData(
-                    f"text: the character {error.args[0]!r} is not among the {len(ids)} of this "
-                    "character tokenizer; prepare the data with a BPE (--tokenizer bpe:4096)"
-                ) from None
+                    f"text: the character {strange!r} is not among the {unknown} of this character "
+                    "tokenizer; prepare the data with a BPE (--tokenizer bpe:4096)"
+                )
+            return found
 
         return encode
 
@@ -384,6 +396,11 @@ def _merge_below(token: bytes, ranks: dict[bytes, int], limit: int) -> list[byte
         place = pairs.index(best)
         parts[place : place + 2] = [parts[place] + parts[place + 1]]
     return parts
+
+
+def _cut_blanks(text: str) -> list[str]:
+    cuts = [match.end() for match in LONG_BLANK.finditer(text)] if len(text) > 500_000 else []
+    return [text[begin:end] for begin, end in pairwise([0, *cuts, len(text)])] if cuts else [text]
 
 
 def _build_byte_alphabet() -> dict[int, str]:

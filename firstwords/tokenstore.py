@@ -12,6 +12,7 @@ so a store of any size opens at once.
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,18 +39,20 @@ class TokenStoreWriter:
         self._digest = hashlib.sha256()
         self._tokens = self._documents = self._bytes = 0
 
-    def append(self, ids: list[int], num_bytes: int) -> None:
-        """Write a piece of a document, and count the bytes of its text."""
-        data = np.array(ids, dtype=self.dtype).tobytes()
+    def append(self, ids: Sequence[int] | np.ndarray, *, num_bytes: int, num_documents: int = 0) -> None:
+        """Write tokens.
+
+        Args:
+            ids: with the `<|endoftext|>` of every document that ends among them.
+            num_bytes: of the text that they stand for.
+            num_documents: that end among them.
+        """
+        data = np.asarray(ids, dtype=self.dtype).tobytes()
         self._file.write(data)
         self._digest.update(data)
         self._tokens += len(ids)
         self._bytes += num_bytes
-
-    def end_document(self, endoftext_id: int) -> None:
-        """Close a document with its `<|endoftext|>`."""
-        self.append([endoftext_id], 0)
-        self._documents += 1
+        self._documents += num_documents
 
     def close(self) -> dict:
         """Close the file and return its counts, as they stand in `corpus.json` under the split."""

@@ -36,7 +36,7 @@ from firstwords.tokenizer import load_tokenizer
 ROOT = Path(__file__).parent.parent
 TAUGHT = ("README.md", "tutorial.md")
 DOCUMENTS = (*TAUGHT, "CONTRIBUTING.md")
-KINDS = {"sh", "sh run", "sh hub", "sh gpu", "text", "json"}
+KINDS = {"sh", "sh run", "sh hub", "sh gpu", "text", "json", "python"}
 # What commands may call besides our own scripts, and flags of those that the text names.
 FOREIGN = {"cat", "cd", "conda", "curl", "head", "ls", "pip", "source", "tail", "tensorboard", "wsl"}
 FOREIGN_FLAGS = {"--logdir", "--install"}
@@ -132,7 +132,7 @@ def _split_words(words: list[str]) -> list[list[str]]:
 def list_commands(*kinds: str, documents: tuple[str, ...] = TAUGHT) -> list[Command]:
     """Return the shell commands of documents: of the given kinds of block, or of all."""
     blocks = [block for document in documents for block in read_blocks(document)]
-    wanted = [block for block in blocks if block.kind in (kinds or KINDS - {"text", "json"})]
+    wanted = [block for block in blocks if block.kind in (kinds or KINDS - {"text", "json", "python"})]
     return [command for block in wanted for command in read_commands(block)]
 
 

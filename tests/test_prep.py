@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from array import array
 from pathlib import Path
 
 import pytest
@@ -35,29 +34,6 @@ def test_no_rejects_no_file(tmp_path):
         pass
     assert rejects.total == 0
     assert not list(tmp_path.iterdir())
-
-
-def test_hash_is_of_content_and_seed():
-    assert prep.hash_content(["ab", "c"], 0) == prep.hash_content(["abc"], 0)
-    assert prep.hash_content(["abc"], 0) != prep.hash_content(["abc"], 1)
-    assert prep.hash_content(["abc"], 0) != prep.hash_content(["abd"], 0)
-    assert 0 <= prep.hash_content([""], 0) < 2**64
-
-
-@pytest.mark.parametrize(
-    ("distinct", "val_pct", "in_val"),
-    [(2, 1, 1), (2, 99, 1), (9, 10, 1), (100, 1, 1), (100, 5, 5), (1000, 1, 10), (3, 99.9, 2)],
-)
-def test_val_gets_its_share_of_the_distinct_and_both_sides_get_some(distinct, val_pct, in_val):
-    hashes = array("Q", [prep.hash_content([str(n % distinct)], 0) for n in range(3 * distinct)])
-    limit = prep.find_val_limit(hashes, val_pct)
-    assert sum(content <= limit for content in hashes) == 3 * in_val
-    assert prep.count_duplicates(hashes) == 2 * distinct
-
-
-def test_equal_contents_cannot_be_split():
-    with pytest.raises(BadData, match="the 3 kept rows are all equal"):
-        prep.find_val_limit(array("Q", [7, 7, 7]), 10)
 
 
 MADE_BY = {"command": {"dataset": "a.txt", "seed": 0}, "sources": [{"file": "a.txt"}]}

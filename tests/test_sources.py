@@ -11,6 +11,7 @@ from firstwords.sources import (
     HUB_NAMES,
     Place,
     Sample,
+    blocks,
     find_place,
     find_shape,
     read_rows,
@@ -347,7 +348,7 @@ def test_text_file_is_a_document_a_paragraph_or_a_line(tmp_path):
 
 @pytest.mark.parametrize("window", [2, 5, 50])
 def test_pieces_join_to_the_whole_and_encode_like_it(tmp_path, monkeypatch, window):
-    monkeypatch.setattr(readers, "PIECE_BYTES", window)
+    monkeypatch.setattr(blocks, "PIECE_BYTES", window)
     text = (
         "It's  a test.\n\n  Don't \t cut,\r\nhere: 12 345  \n" * 9
         + "日本語のテキスト。\n終わり"
@@ -363,7 +364,7 @@ def test_pieces_join_to_the_whole_and_encode_like_it(tmp_path, monkeypatch, wind
 
 
 def test_texts_that_are_none_have_an_address(tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "PIECE_BYTES", 4)
+    monkeypatch.setattr(blocks, "PIECE_BYTES", 4)
     bad = {"bad_utf8": b"abc\xc3\xa9\xff", "nul": b"abcdef\0"}
     for reason, content in bad.items():
         (tmp_path / "a.txt").write_bytes(content)

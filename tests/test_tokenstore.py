@@ -31,8 +31,7 @@ def write_store(folder, documents=DOCUMENTS, *, vocab_size=65_536, splits=("trai
     for split in splits:
         writer = TokenStoreWriter(folder, split, vocab_size)
         for ids in documents:
-            writer.append(ids, 10)
-            writer.end_document(END)
+            writer.append([*ids, END], num_bytes=10, num_documents=1)
         counts = writer.close()
         if "splits" not in changes:
             meta["splits"][split] = counts
@@ -70,15 +69,15 @@ def test_an_id_outside_the_vocabulary_is_never_wrapped(tmp_path):
     writer = TokenStoreWriter(tmp_path, "train", 65_536)
     for ids in ([65_536], [-1]):
         with pytest.raises(OverflowError):
-            writer.append(ids, 1)
+            writer.append(ids, num_bytes=1)
     assert writer.close()["tokens"] == 0
 
 
 def test_a_document_may_come_in_pieces(tmp_path):
     writer = TokenStoreWriter(tmp_path, "train", 500)
-    for piece in ([5], [6, 7], []):
-        writer.append(piece, 4)
-    writer.end_document(END)
+    for piece in ([5], np.array([6, 7], dtype=np.uint32), []):
+        writer.append(piece, num_bytes=4)
+    writer.append([END], num_bytes=0, num_documents=1)
     counts = writer.close()
     assert np.fromfile(tmp_path / "train.bin", dtype="<u2").tolist() == [5, 6, 7, END]
     assert (counts["tokens"], counts["documents"], counts["bytes"]) == (4, 1, 12)

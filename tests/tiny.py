@@ -77,7 +77,8 @@ def write_store(folder, train, val, *, tokenizer=BYTES):
     for split, texts in {"train": train, "val": val}.items():
         writer = TokenStoreWriter(folder, split, len(tokenizer))
         for text in texts:
-            writer.append([*tokenizer.encode(text), tokenizer.endoftext_id], len(text.encode()))
+            ids = [*tokenizer.encode(text), tokenizer.endoftext_id]
+            writer.append(ids, num_bytes=len(text.encode()), num_documents=1)
         meta["splits"][split] = writer.close()
     (folder / "corpus.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder

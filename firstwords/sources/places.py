@@ -7,6 +7,7 @@ Invariants: a thing that looks like a path is only ever local; a mistyped one is
 what is near, and never a download. No file outside a folder is read because of what lies in it.
 """
 
+import glob
 import os
 import re
 from dataclasses import dataclass
@@ -28,10 +29,13 @@ HUB_NAMES = {
 }
 ROW_SUFFIXES = (".csv", ".json", ".jsonl", ".parquet")
 TEXT_SUFFIXES = (*ROW_SUFFIXES, ".txt")
+# Either may follow one of those, as in `train.jsonl.zst`; pyarrow's names of them.
+COMPRESSED = {".gz": "gzip", ".zst": "zstd"}
 # A name that ends so is meant as a file, whether we can read it or not.
-FILE_SUFFIXES = (*TEXT_SUFFIXES, ".gz", ".jsonlines", ".md", ".ndjson", ".tsv", ".zip", ".zst")
+FILE_SUFFIXES = (*TEXT_SUFFIXES, *COMPRESSED, ".jsonlines", ".md", ".ndjson", ".tsv", ".zip")
 # `train.jsonl`, `val_2.csv`, `train-00000-of-00002.parquet`: files that belong to one split.
 SPLIT_FILE = re.compile(r"(train|test|validation|valid|val|dev)([-_.]?\d.*)?")
+GLOB = re.compile(r"[*?\[]")
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 CARD_BYTES = 1 << 24  # the longest dataset card that is read
 SPLIT_NAMES = dict.fromkeys(("valid", "val", "dev"), "validation")
@@ -71,8 +75,9 @@ def find_place(
     """Find what `--dataset` names.
 
     Args:
-        dataset: a file or folder, a name of `HUB_NAMES`, `owner/name`, or `hub:name`. A folder
-            whose README.md is a dataset card with `configs:` has the files that the card names.
+        dataset: a file, a folder, a pattern (`texts/*.jsonl.zst`), a name of `HUB_NAMES`, `owner/name`,
+            or `hub:name`. A folder whose README.md is a dataset card with `configs:` has the files that
+            the card names.
         split: `train` by default. Of a folder it picks the files that are named after it;
             `all` takes every file.
         config: of a Hub set.
@@ -89,6 +94,9 @@ def find_place(
     if dataset.startswith("hub:"):
         _check_hub_name(hub_name)
         return on_hub
+    if GLOB.search(dataset) and not path.exists():
+        files = _pick_split(path, _find_matches(path, suffixes), split or "all")
+        return Place(dataset, tuple(files))
     if _is_path(dataset, path):
         if configs := _read_card(path):
             return Place(str(path), _pick_config(path, configs, config, split or "train", suffixes))
@@ -161,7 +169,7 @@ def _pick_config(
     files: list[Path] = []
     for pattern in configs[config][split]:
         found = sorted(path for path in _glob_inside(folder, pattern) if path.is_file())
-        if not found or any(path.suffix.lower() not in suffixes for path in found):
+        if not found or any(find_suffix(path) not in suffixes for path in found):
             raise BadData(f"{folder}: its card names {pattern!r}, where nothing is that can be read here")
         files += found
     return _check_inside(folder, files)
@@ -191,7 +199,7 @@ def _find_files(path: Path, split: str | None, suffixes: tuple[str, ...]) -> tup
         raise MissingInput(f"{path}: no such file or folder; {_suggest_path(path)}")
     if not path.is_file():
         raise MissingInput(f"{path}: is neither a file nor a folder; name one that is")
-    if path.suffix.lower() not in suffixes:
+    if find_suffix(path) not in suffixes:
         raise BadFlag(
             f"--dataset: {path} ends in {path.suffix!r}, which cannot be read here; "
             f"known: {', '.join(suffixes)}"
@@ -201,12 +209,31 @@ def _find_files(path: Path, split: str | None, suffixes: tuple[str, ...]) -> tup
     return (path,)
 
 
+def _find_matches(pattern: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    files = sorted(path for path in map(Path, glob.glob(str(pattern), recursive=True)) if path.is_file())
+    if not files:
+        raise MissingInput(f"{pattern}: no file matches it; try it with `ls`")
+    for file in files:
+        if find_suffix(file) not in suffixes:
+            raise BadFlag(f"--dataset: {pattern} matches {file}, which cannot be read here; narrow it")
+    return files
+
+
+def find_suffix(path: Path) -> str:
+    """Return what kind of file it is, compressed or not: `.jsonl` of `train.jsonl.gz`."""
+    return _strip_compression(path).suffix.lower()
+
+
+def _strip_compression(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix.lower() in COMPRESSED else path
+
+
 def _list_files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
     files = sorted(
         path
         for path in folder.rglob("*")
         if path.is_file()
-        and path.suffix.lower() in suffixes
+        and find_suffix(path) in suffixes
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
     if not files:
@@ -234,7 +261,7 @@ def _pick_split(folder: Path, files: list[Path], split: str | None) -> list[Path
 
 
 def _name_split(file: Path) -> str | None:
-    match = SPLIT_FILE.fullmatch(file.stem)
+    match = SPLIT_FILE.fullmatch(_strip_compression(file).stem)
     return SPLIT_NAMES.get(match[1], match[1]) if match else None
 
 

@@ -1,25 +1,26 @@
-"""One file -> rows or texts, each with its line; one reader for each kind of file.
+"""One file -> rows, each with its line; one reader for each kind of file.
 
     list(RAW_READERS[".csv"](path))   ->  [(2, {"question": "Why?", "answer": "So."}), ...]
 
-Invariant: each row or text comes out once, in the order of the file, in the memory of one of them
-(of a `.txt` read whole: of one piece). One that cannot be read stands there as a `RowError`.
+Invariant: each row comes out once, in the order of the file, in the memory of one of them. One that
+cannot be read stands there as a `RowError`.
 """
 
-import codecs
 import csv
 import json
-from collections.abc import Iterable, Iterator
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from io import TextIOWrapper
 from pathlib import Path
+from typing import BinaryIO, TextIO
 
 from firstwords.errors import BadData
-from firstwords.schema import RowError, check_text, iter_lines, parse_line
+from firstwords.schema import RowError, iter_lines, parse_line
+from firstwords.sources.archives import is_compressed, open_bytes
 from firstwords.sources.places import one_line
 
-# A text in pieces that are read once and join to the whole, or why it is none. A piece begins at
-# white space after a word, where GPT-2's word pattern always cuts: so the ids of the pieces are
-# the ids of the whole.
-Text = Iterable[str] | RowError
 PIECE_BYTES = 1 << 20  # of a file that is not read by lines
 
 
@@ -33,13 +34,13 @@ def parse_raw(raw: RawRow) -> dict | RowError:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[int, bytes]]:
-    with open(path, "rb") as lines:
+    with open_bytes(path) as lines:
         yield from iter_lines(lines)
 
 
 def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
     """A list of rows, in the memory of one row; or one row a line, as many `.json` files are."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_text(path) as file:
         start = file.read(PIECE_BYTES).lstrip()
     if not start:
         return
@@ -54,7 +55,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _split_json_list(path: Path) -> Iterator[tuple[int, str]]:
     """Yield `(line, text)` of each item of the list in the file."""
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_text(path) as file:
         window = _JsonWindow(path, file)
         window.skip("[")
         if window.peek() == "]":
@@ -130,25 +131,70 @@ class _JsonWindow:
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[int, dict | RowError]]:
+    return read_row_groups(path, 0, None, None)
+
+
+def read_row_groups(
+    path: Path, begin: int, end: int | None, column: str | None
+) -> Iterator[tuple[int, dict]]:
+    """Read some row groups of a Parquet file, in the memory of one of them.
+
+    Args:
+        begin, end: the first, and the one behind the last; None for all that follow.
+        column: the only one to read where there is such a one; None for all.
+    """
+    number = 0
+    with _open_parquet(path) as file:
+        groups = range(begin, file.num_row_groups if end is None else end)
+        columns = [column] if column in file.schema_arrow.names else None
+        for batch in file.iter_batches(batch_size=1000, row_groups=groups, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+def iter_row_groups(path: Path, begin: int = 0, end: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yield `(rows, bytes)` of the row groups of a Parquet file."""
+    with _open_parquet(path) as file:
+        for number in range(begin, file.num_row_groups if end is None else end):
+            group = file.metadata.row_group(number)
+            yield group.num_rows, group.total_byte_size
+
+
+@contextmanager
+def _open_parquet(path: Path):
     import pyarrow
     import pyarrow.parquet
 
-    number = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1000):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise BadData(
-            f"{path}: cannot be read as Parquet behind row {number} ({one_line(error)}); get the file anew"
-        ) from None
+    with ExitStack() as stack:
+        try:
+            source = stack.enter_context(_inflate(path)) if is_compressed(path) else path
+            yield stack.enter_context(pyarrow.parquet.ParquetFile(source))
+        except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise BadData(
+                f"{path}: cannot be read as Parquet ({one_line(error)}); get the file anew"
+            ) from None
+
+
+@contextmanager
+def _inflate(path: Path) -> Iterator[BinaryIO]:
+    # Parquet begins at its end: what is compressed once more has to lie on the disk.
+    with tempfile.TemporaryFile() as file:
+        with open_bytes(path) as compressed:
+            shutil.copyfileobj(compressed, file, PIECE_BYTES)
+        yield file
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a file, compressed or not, as text; bytes that are no UTF-8 become lone surrogates."""
+    with open_bytes(path) as file:
+        yield TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, dict | RowError]]:
     csv.field_size_limit(2**31 - 1)  # the default of 131,072 characters refuses long documents
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+    with open_text(path) as file:
         reader = csv.reader(file, strict=True)
         header = next(reader, [])
         if len(set(header)) < len(header):
@@ -180,93 +226,3 @@ RAW_READERS = {
     ".jsonl": _read_jsonl,
     ".parquet": _read_parquet,
 }
-
-
-def _read_whole_file(path: Path) -> Iterator[tuple[int, Text]]:
-    yield 1, _check_file(path) or _iter_pieces(path)
-
-
-def _check_file(path: Path) -> RowError | None:
-    """Tell why a file is no text; a pass at the speed of the disk, before a long work begins."""
-    decoder, offset = codecs.getincrementaldecoder("utf-8")(), 0
-    with open(path, "rb") as file:
-        while True:
-            block = file.read(PIECE_BYTES)
-            if b"\0" in block:
-                return RowError("nul", f"NUL at byte {offset + block.index(0)}; is it UTF-16?")
-            try:
-                held = len(decoder.getstate()[0])
-                decoder.decode(block, final=not block)
-            except UnicodeDecodeError as error:
-                return RowError("bad_utf8", f"not UTF-8 at byte {offset - held + error.start}")
-            if not block:
-                return None
-            offset += len(block)
-
-
-def _iter_pieces(path: Path) -> Iterator[str]:
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        held: list[str] = []
-        while block := file.read(PIECE_BYTES):
-            cut = _find_cut(block)
-            if cut:
-                yield "".join([*held, block[:cut]])
-                held.clear()
-            held.append(block[cut:])
-        yield "".join(held)
-
-
-def _find_cut(text: str) -> int:
-    """Return the last place where white space begins, or 0; see `Text`."""
-    end = len(text)
-    while end > 0:
-        end = max(text.rfind(" ", 0, end), text.rfind("\n", 0, end))
-        if end > 0 and not text[end - 1].isspace():
-            return end
-    return 0
-
-
-def _read_lines(path: Path) -> Iterator[tuple[int, Text]]:
-    for line, text in _decode_lines(path):
-        if isinstance(text, RowError):
-            yield line, text
-        elif text.strip():
-            yield line, (text,)
-
-
-def _read_paragraphs(path: Path) -> Iterator[tuple[int, Text]]:
-    held: list[tuple[int, str | RowError]] = []
-    for line, text in _decode_lines(path):
-        if isinstance(text, RowError) or text.strip():
-            held.append((line, text))
-        elif held:
-            yield _join_lines(held)
-            held = []
-    if held:
-        yield _join_lines(held)
-
-
-def _join_lines(held: list[tuple[int, str | RowError]]) -> tuple[int, Text]:
-    for line, text in held:
-        if isinstance(text, RowError):
-            return line, text
-    return held[0][0], ("\n".join(text for _, text in held),)
-
-
-def _decode_lines(path: Path) -> Iterator[tuple[int, str | RowError]]:
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            line = line.rstrip(b"\r\n")
-            try:
-                text = line.decode("utf-8")
-                check_text(text, "the line")
-                yield number, text
-            except UnicodeDecodeError as error:
-                yield number, RowError("bad_utf8", f"not UTF-8 at byte {error.start} of the line")
-            except RowError as error:
-                yield number, error
-
-
-TXT_READERS = {"file": _read_whole_file, "blank_line": _read_paragraphs, "line": _read_lines}

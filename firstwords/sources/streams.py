@@ -1,7 +1,6 @@
-"""A dataset -> its rows or documents, streamed, all of them or a sample by seed.
+"""A dataset -> its rows, streamed, all of them or a sample by seed.
 
-    next(read_rows("alpaca.json")).row           ->  {"instruction": "Add 1 and 2.", "output": "3"}
-    next(read_texts("shakespeare.txt")).pieces   ->  an iterator of "First Citizen: ..."
+    next(read_rows("alpaca.json")).row   ->  {"instruction": "Add 1 and 2.", "output": "3"}
 
 The order depends on names and content alone. Invariant: every row of the input comes out exactly
 once, as itself or as a `RowError` with its file and line.
@@ -11,19 +10,16 @@ import random
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
 from typing import TypeVar
 
 from firstwords.errors import BadData, BadFlag, IOFailed, MissingInput
-from firstwords.schema import RowError, check_text, list_names
-from firstwords.sources.places import ROW_SUFFIXES, Place, find_place, one_line
-from firstwords.sources.readers import RAW_READERS, TXT_READERS, RawRow, Text, parse_raw
+from firstwords.sources.places import ROW_SUFFIXES, Place, find_place, find_suffix, one_line
+from firstwords.sources.readers import RAW_READERS, RawRow, parse_raw
 
 T = TypeVar("T")
 
 SHUFFLE_BUFFER = 10_000  # rows held while a streamed Hub set is sampled
-SPLIT_DOCS = tuple(TXT_READERS)
-# The column with the text, tried in this order.
-TEXT_COLUMNS = ("text", "content", "document", "story", "article", "body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +37,6 @@ class Located:
     def where(self) -> str:
         """Return `file:line`."""
         return f"{self.file}:{self.line}"
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """One text and its address; most have a single piece, see `readers.Text`."""
-
-    file: str
-    line: int
-    pieces: Text
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +104,11 @@ def read_rows(
     sample: Sample = EVERYTHING,
 ) -> Iterator[Located]:
     """Read and parse rows; see `read_raw_rows`."""
-    rows = read_raw_rows(dataset, split=split, config=config, sample=sample)
+    return parse_rows(read_raw_rows(dataset, split=split, config=config, sample=sample))
+
+
+def parse_rows(rows: Iterable[Located]) -> Iterator[Located]:
+    """Parse the rows that are still lines of JSON."""
     return (replace(located, row=parse_raw(located.row)) for located in rows)
 
 
@@ -139,17 +130,19 @@ def read_raw_rows(
         BadData: when there is no row at all, or a file cannot be read on from some place.
     """
     place = find_place(dataset, split=split, config=config, suffixes=ROW_SUFFIXES)
-    rows = _read_hub(place, sample) if place.on_hub else sample.draw(lambda: _read_files(place))
-    return _refuse_empty(dataset, rows)
+    rows = read_hub(place, sample) if place.on_hub else sample.draw(lambda: read_files(place.files))
+    return refuse_empty(dataset, rows)
 
 
-def _read_files(place: Place) -> Iterator[Located]:
-    for file in place.files:
-        for line, row in RAW_READERS[file.suffix.lower()](file):
+def read_files(files: Iterable[Path]) -> Iterator[Located]:
+    """Read the rows of files, one after the other."""
+    for file in files:
+        for line, row in RAW_READERS[find_suffix(file)](file):
             yield Located(str(file), line, row)
 
 
-def _read_hub(place: Place, sample: Sample) -> Iterator[Located]:
+def read_hub(place: Place, sample: Sample) -> Iterator[Located]:
+    """Read the rows of a set on the Hub, streamed."""
     try:
         for number, row in enumerate(sample.draw_hub(_open_hub(place)), 1):
             yield Located(f"hub:{place.name}", number, row)
@@ -173,84 +166,10 @@ def _open_hub(place: Place):
         ) from None
 
 
-def _refuse_empty(dataset: str, items: Iterator[T]) -> Iterator[T]:
+def refuse_empty(dataset: str, items: Iterator[T]) -> Iterator[T]:
+    """Pass the items on; without any the set is bad data."""
     first = next(items, None)
     if first is None:
         raise BadData(f"{dataset}: has no row, or none in the sample; name another --dataset")
     yield first
     yield from items
-
-
-def read_texts(
-    dataset: str,
-    *,
-    split: str | None = None,
-    config: str | None = None,
-    text_column: str | None = None,
-    split_docs: str = "file",
-    sample: Sample = EVERYTHING,
-) -> Iterator[Document]:
-    """Read documents from `.txt` files, or from a column of what `read_rows` reads.
-
-    Args:
-        dataset, split, config: see `places.find_place`; folders in sorted order.
-        text_column: of rows; by default the first of `TEXT_COLUMNS` that is there, else the only
-            one that holds strings.
-        split_docs: of `.txt` files: each `file` is a document, or what `blank_line`s part, or each
-            `line`.
-        sample: which documents; all of them by default.
-
-    Raises:
-        MissingInput, BadFlag, BadData: see `read_rows`; BadFlag too for a column that cannot be
-            guessed.
-    """
-    place = find_place(dataset, split=split, config=config)
-    if place.on_hub:
-        documents = _pick_texts(_read_hub(place, sample), text_column)
-    else:
-        documents = sample.draw(lambda: _read_documents(place, text_column, split_docs))
-    return _refuse_empty(dataset, documents)
-
-
-def _read_documents(place: Place, text_column: str | None, split_docs: str) -> Iterator[Document]:
-    for file in place.files:
-        if file.suffix.lower() == ".txt":
-            for line, pieces in TXT_READERS[split_docs](file):
-                yield Document(str(file), line, pieces)
-        else:
-            rows = _read_files(Place(place.name, (file,)))
-            rows = (replace(row, row=parse_raw(row.row)) for row in rows)
-            yield from _pick_texts(rows, text_column)
-
-
-def _pick_texts(rows: Iterable[Located], text_column: str | None) -> Iterator[Document]:
-    for located in rows:
-        if isinstance(located.row, RowError):
-            yield Document(located.file, located.line, located.row)
-            continue
-        text_column = text_column or _guess_text_column(located)
-        yield Document(located.file, located.line, _parse_text(located.row, text_column))
-
-
-def _guess_text_column(located: Located) -> str:
-    strings = [name for name, value in located.row.items() if isinstance(value, str)]
-    known = [name for name in TEXT_COLUMNS if name in located.row]
-    if not known and len(strings) != 1:
-        raise BadFlag(
-            f"--text_column: needed for {located.where}, whose columns are "
-            f"{', '.join(map(repr, located.row))}; name the one with the text"
-        )
-    return (known or strings)[0]
-
-
-def _parse_text(row: dict, column: str) -> Text:
-    if column not in row:
-        return RowError("missing_key", f"has no {column!r}, only {list_names(row)}")
-    text = row[column]
-    if not isinstance(text, str):
-        return RowError("bad_content", f"{column!r} is a {type(text).__name__}, not a string")
-    try:
-        check_text(text, repr(column))
-    except RowError as error:
-        return error
-    return (text,)
