@@ -58,6 +58,16 @@ class Told:
         """Nothing runs."""
 
 
+class Bare:
+    """An app that stands at the port without its guard."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        await self.app(scope, receive, send)
+
+
 @contextmanager
 def serve(session=None, *, build=build_app, batcher=None, **options):
     """Serve on a free port from a thread; yields the address."""
