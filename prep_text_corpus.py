@@ -8,8 +8,9 @@
 
 Reads .txt, .jsonl, .json, .parquet, .csv, and .gz and .zst of them; folders of those (sorted), patterns
 ('texts/*.jsonl.zst'), Hub names (streamed), and pydocs: the documentation of the installed Python. Writes
-train.bin, val.bin, corpus.json and the tokenizer's files, all at once at the end. The same command again
-finds its work done, and unfinished work (.work-<name> beside --out_dir) is gone on with where it stopped.
+train.bin, val.bin, corpus.json, the same as a page (corpus.html) and the tokenizer's files, all at once at
+the end. The same command again finds its work done, and unfinished work (.work-<name> beside --out_dir) is
+gone on with where it stopped.
 Empty documents are dropped and counted; bad ones end the run with exit 65 (see --skip_bad; the work is
 kept for it).
 
@@ -24,6 +25,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain
 from pathlib import Path
@@ -33,9 +35,19 @@ from tqdm import tqdm
 from firstwords import prep, pydocs, tokenstore
 from firstwords.args import build_parser, run_main
 from firstwords.atomic import stage_folder
-from firstwords.corpus import UNIT_BYTES, EncodeJob, Survey, group_units, survey_parts, write_store
+from firstwords.corpus import (
+    UNIT_BYTES,
+    EncodeJob,
+    Survey,
+    Unit,
+    count_parts,
+    group_units,
+    survey_parts,
+    write_store,
+)
 from firstwords.errors import BadData, BadFlag, IOFailed, MissingInput
 from firstwords.hashes import count_distinct, sort_hashes
+from firstwords.pages import draw_bars, draw_columns, format_html_table, format_page
 from firstwords.parts import Work, finish_work, make_parts, open_work
 from firstwords.schema import RowError
 from firstwords.sources import (
@@ -47,12 +59,13 @@ from firstwords.sources import (
     cut_text,
     find_place,
     iter_text_slices,
+    read_license,
     read_place,
 )
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import Tokenizer, build_tokenizer, learns_from_text, load_tokenizer
 
-REPORT = "corpus.json"
+REPORT, PAGE = "corpus.json", "corpus.html"
 SPOOL = "spool.jsonl"
 VAL_PCT, VAL_PCT_SINGLE = 1.0, 10.0
 
@@ -96,17 +109,17 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--tasks", type=prep.parse_count, default=None, metavar="N", help="of datatrove, default --num_proc")
     args = parser.parse_args(argv)
-    if [dataset.weight for dataset in args.dataset] != [1]:
-        raise BadFlag("--dataset: a mix of several or of weights is not read here yet; give one")
-    args.dataset = args.dataset[0].name
-    args.tokenizer = args.tokenizer or ("bpe:4096" if args.dataset == "pydocs" else "gpt2")
-    if args.dataset == "pydocs":
+    names = {dataset.name for dataset in args.dataset}
+    args.tokenizer = args.tokenizer or ("bpe:4096" if names == {"pydocs"} else "gpt2")
+    if names == {"pydocs"}:
         prep.refuse_flags(args, ("dataset_config", "split", "text_column"), "pydocs has none")
-    else:
+    if "pydocs" not in names:
         prep.refuse_flags(args, ["pydocs_packages"], "--dataset is not pydocs")
     if args.engine == "local":
         prep.refuse_flags(args, ["tasks"], "--engine is not datatrove")
     else:
+        if [dataset.weight for dataset in args.dataset] != [1]:
+            raise BadFlag("--engine: datatrove reads one --dataset, without a weight; give one")
         why = "--engine datatrove reads all of some files"
         prep.refuse_flags(args, ["max_samples", "sample_pct"], why)
     args.pydocs_packages = list(_expand_packages(args.pydocs_packages))
@@ -121,8 +134,9 @@ def _expand_packages(names: Iterable[str]) -> Iterator[str]:
 def main(argv: list[str] | None = None) -> None:
     """Prepare the corpus, or say that it is there."""
     args = parse_flags(argv)
-    corpus = Corpus(args)
-    prep.refuse_out_dir_inside(args.dataset, args.out_dir)
+    corpus = Mix(args)
+    for dataset in args.dataset:
+        prep.refuse_out_dir_inside(dataset.name, args.out_dir)
     made_by = {"command": describe_flags(args)}
     tokenizer = None
     if not learns_from_text(args.tokenizer):
@@ -147,7 +161,7 @@ def describe_flags(args: argparse.Namespace) -> dict:
     return {name: v for name, v in prep.describe_flags(args).items() if name not in ("engine", "tasks")}
 
 
-def plan_work(corpus: "Corpus", args: argparse.Namespace, tokenizer: Tokenizer | None) -> dict:
+def plan_work(corpus: "Mix", args: argparse.Namespace, tokenizer: Tokenizer | None) -> dict:
     """Return all that decides what is in the parts; the rest may change before they are put together."""
     flags = {name: str(value) for name, value in prep.describe_flags(args).items()}
     for name in ("skip_bad", "val_pct", "tasks"):
@@ -162,7 +176,7 @@ def plan_work(corpus: "Corpus", args: argparse.Namespace, tokenizer: Tokenizer |
 
 
 def work_through(
-    corpus: "Corpus", tokenizer: Tokenizer | None, args: argparse.Namespace, work: Work, made_by: dict
+    corpus: "Mix", tokenizer: Tokenizer | None, args: argparse.Namespace, work: Work, made_by: dict
 ) -> dict:
     """Make `out_dir` from the parts, made now or by a run that was stopped; returns its report."""
     if work.changed:
@@ -174,12 +188,14 @@ def work_through(
         report = prepare(corpus, tokenizer, args, work, staging)
         corpus.check_unchanged()
         report |= made_by | {"sources": sources.result()}
+        if "refused" not in report:
+            (staging / PAGE).write_text(build_page(report), encoding="utf-8")
         prep.seal_folder(staging, args.out_dir, REPORT, report)
     return report
 
 
 def prepare(
-    corpus: "Corpus", tokenizer: Tokenizer | None, args: argparse.Namespace, work: Work, staging: Path
+    corpus: "Mix", tokenizer: Tokenizer | None, args: argparse.Namespace, work: Work, staging: Path
 ) -> dict:
     """Fill the staging folder.
 
@@ -188,29 +204,38 @@ def prepare(
     """
     tokenizer = tokenizer or learn_tokenizer(corpus, args.tokenizer, work)
     job = EncodeJob(tokenizer, args.seed)
-    parts = []
+    parts, owners = [], []
     with prep.Rejects(staging) as rejects:
         if args.engine == "datatrove":
             made = run_datatrove(corpus.build_step(job, work), args.tasks or args.num_proc, args.num_proc)
         else:
-            made = make_parts(job, group_units(corpus.read(work.folder)), work, num_proc=args.num_proc)
+            made = make_parts(job, corpus.read_units(work.folder, owners), work, num_proc=args.num_proc)
         made = tqdm(made, "encoding", unit=f" x {UNIT_BYTES >> 20} MB", disable=None)
         survey = survey_parts(
             (parts.append(part) or part for part in made), work.folder, rejects.add, args.seed
         )
     ascending = sort_hashes(survey.hashes, work.folder / "sorted.bin")
-    duplicates = survey.kept - count_distinct(ascending)
-    report = {"format": tokenstore.FORMAT, "documents": describe_documents(survey, rejects, duplicates)}
+    owners = owners or [(0, False)] * len(parts)  # datatrove has but one dataset
+    counts = list(count_parts(parts, survey))
+    repeated = sum(count[0] for count, (_, again) in zip(counts, owners, strict=True) if again)
+    documents = describe_documents(survey, rejects) | {
+        "repeated": repeated,
+        "duplicates": survey.kept - repeated - count_distinct(ascending),
+    }
+    report = {"format": tokenstore.FORMAT, "documents": documents}
     refusal = check_survey(survey, rejects, args)
     if refusal:
         return report | {"refused": refusal}
     val_pct = args.val_pct or (VAL_PCT_SINGLE if survey.kept == 1 else VAL_PCT)
+    datasets = corpus.describe_shares(owners, counts)
     splits = write_store(parts, survey, ascending, tokenizer, staging, val_pct)
     tokenizer.save(staging, chat_template=CHAT_TEMPLATE)
     return report | {
         "dtype": tokenstore.choose_dtype(len(tokenizer)).str,
         "vocab_size": len(tokenizer),
         "tokenizer_hash": tokenizer.hash,
+        "datasets": datasets,
+        "lengths": dict(sorted(survey.lengths.items())),
         "splits": splits,
     }
 
@@ -242,7 +267,7 @@ def build_step(argv: list[str]):
         argv: the flags of this script, among them `--engine datatrove`.
     """
     args = parse_flags(argv)
-    corpus = Corpus(args)
+    corpus = Mix(args)
     tokenizer = None if learns_from_text(args.tokenizer) else build_tokenizer(args.tokenizer, ())
     with open_work(args.out_dir, plan_work(corpus, args, tokenizer)) as work:
         work.stage("datatrove")
@@ -250,7 +275,7 @@ def build_step(argv: list[str]):
         return corpus.build_step(EncodeJob(tokenizer, args.seed), work)
 
 
-def learn_tokenizer(corpus: "Corpus", spec: str, work: Work) -> Tokenizer:
+def learn_tokenizer(corpus: "Mix", spec: str, work: Work) -> Tokenizer:
     """Make the tokenizer from all texts, or load the one that a stopped run has made of them."""
     folder = work.folder / "tokenizer"
     if not folder.exists():
@@ -262,14 +287,13 @@ def learn_tokenizer(corpus: "Corpus", spec: str, work: Work) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def describe_documents(survey: Survey, rejects: prep.Rejects, duplicates: int) -> dict:
+def describe_documents(survey: Survey, rejects: prep.Rejects) -> dict:
     """Return the account of all documents: read = kept + empty + rejected."""
     return {
         "read": survey.read,
         "kept": survey.kept,
         "empty": survey.empty,
         "rejected": rejects.describe(),
-        "duplicates": duplicates,
     }
 
 
@@ -277,26 +301,85 @@ def check_survey(survey: Survey, rejects: prep.Rejects, args: argparse.Namespace
     """Print the first bad documents and tell why the corpus is refused, if it is."""
     for line in rejects.first:
         print(line, file=sys.stderr)
+    datasets = ", ".join(map(str, args.dataset))
     where = f"all are listed in {args.out_dir / prep.REJECTS}"
     if rejects.total and not args.skip_bad:
         return (
-            f"{args.dataset}: {rejects.total} of {survey.read} documents are bad, "
+            f"{datasets}: {rejects.total} of {survey.read} documents are bad, "
             f"{where}; mend them or pass --skip_bad"
         )
     if survey.characters < 2 or not survey.kept:
-        return f"{args.dataset}: holds no text; name another --dataset"
+        return f"{datasets}: holds no text; name another --dataset"
     return None
 
 
-class Corpus:
-    """The documents of `--dataset`, which can be read more than once."""
+class Mix:
+    """All `--dataset`s, each read as often as its weight says."""
 
     def __init__(self, args: argparse.Namespace):
-        self._args = args
+        self._seed = args.seed
+        self._sets = [(d, Corpus(d.name, f"{i}-{SPOOL}", args)) for i, d in enumerate(args.dataset)]
+
+    def describe(self) -> list[dict]:
+        """Return what the corpus is made from, for the report."""
+        return [source for _, corpus in self._sets for source in corpus.describe()]
+
+    def describe_quickly(self) -> list[dict]:
+        """Return what tells two inputs apart without reading them."""
+        return [source for _, corpus in self._sets for source in corpus.describe_quickly()]
+
+    def check_unchanged(self) -> None:
+        """Compare the files with what they were when the run began; see `Corpus.check_unchanged`."""
+        for _, corpus in self._sets:
+            corpus.check_unchanged()
+
+    def read_units(self, folder: Path, owners: list[tuple[int, bool]]) -> Iterator[Unit]:
+        """Read all units of all datasets; none has documents of two.
+
+        Args:
+            folder: where `read_first` has put what is not to be downloaded twice.
+            owners: gets the number of the dataset of each unit, and whether it is a repeat.
+        """
+        for number, (dataset, corpus) in enumerate(self._sets):
+            whole = dataset.weight == int(dataset.weight)
+            read = partial(corpus.read if whole else corpus.read_documents, folder)
+            for is_repeat, items in dataset.read(read, self._seed):
+                for unit in group_units(items):
+                    owners.append((number, is_repeat))
+                    yield unit
+
+    def read_first(self, folder: Path) -> Iterator[Document]:
+        """Read all documents once, whatever the weights, for another reading to follow."""
+        return chain.from_iterable(corpus.read_first(folder) for _, corpus in self._sets)
+
+    def build_step(self, job: EncodeJob, work: Work):
+        """Return the step of datatrove; see `Corpus.build_step`."""
+        return self._sets[0][1].build_step(job, work)
+
+    def describe_shares(
+        self, owners: list[tuple[int, bool]], counts: Iterable[tuple[int, int]]
+    ) -> list[dict]:
+        """Return for each dataset its weight, licence, and what was drawn from it."""
+        zeros = {"documents": 0, "tokens": 0}
+        shares = [
+            {"dataset": d.name, "weight": d.weight, "license": corpus.find_license()} | zeros
+            for d, corpus in self._sets
+        ]
+        for (owner, _), (documents, tokens) in zip(owners, counts, strict=True):
+            shares[owner]["documents"] += documents
+            shares[owner]["tokens"] += tokens
+        return shares
+
+
+class Corpus:
+    """The documents of one `--dataset`, which can be read more than once."""
+
+    def __init__(self, name: str, spool: str, args: argparse.Namespace):
+        self._args, self._name, self._spool = args, name, spool
         self._sample = Sample(args.max_samples, args.sample_pct, args.seed)
         self._place = None
-        if args.dataset != "pydocs":
-            self._place = find_place(args.dataset, split=args.split, config=args.dataset_config)
+        if name != "pydocs":
+            self._place = find_place(name, split=args.split, config=args.dataset_config)
         self._seen = self.describe_quickly()
 
     def describe(self) -> list[dict]:
@@ -331,12 +414,20 @@ class Corpus:
         """
         if self._place is None:
             return self._sample.draw(self._read_pydocs)
-        if self._place.on_hub:
-            spool = folder / SPOOL
-            return read_spool(spool) if spool.exists() else self._read_documents()
-        if self._sample != Sample(seed=self._args.seed):
-            return self._read_documents()
+        if self._place.on_hub or self._sample != Sample(seed=self._args.seed):
+            return self.read_documents(folder)
         return self._read_files()
+
+    def read_documents(self, folder: Path) -> Iterator[Document]:
+        """Read all documents, or the sample of them, one by one."""
+        if self._place is None:
+            return self._sample.draw(self._read_pydocs)
+        spool = folder / self._spool
+        return read_spool(spool) if spool.exists() else self._read_documents()
+
+    def find_license(self) -> str | None:
+        """Return the licence that the dataset's card states, if it has one that does."""
+        return self._place and read_license(self._place)
 
     def build_step(self, job: EncodeJob, work: Work):
         """Return the step of datatrove that encodes the files.
@@ -345,9 +436,7 @@ class Corpus:
             BadFlag: when there are none, or datatrove is not installed.
         """
         if self._place is None or self._place.on_hub:
-            raise BadFlag(
-                f"--engine: datatrove, but {self._args.dataset} is no local files; download it first"
-            )
+            raise BadFlag(f"--engine: datatrove, but {self._name} is no local files; download it first")
         try:
             from firstwords.cluster import EncodeParts
         except ModuleNotFoundError as error:
@@ -361,7 +450,7 @@ class Corpus:
         if self._place is None:
             return self._sample.draw(self._read_pydocs)
         documents = self._read_documents()
-        return spool_documents(documents, folder / SPOOL) if self._place.on_hub else documents
+        return spool_documents(documents, folder / self._spool) if self._place.on_hub else documents
 
     def _read_pydocs(self) -> Iterator[Document]:
         for number, (source, text) in enumerate(pydocs.iter_documents(self._args.pydocs_packages), 1):
@@ -419,23 +508,65 @@ def find_version(package: str) -> str:
 
 def print_summary(out_dir: Path, report: dict) -> None:
     """Print the account of the corpus."""
-    documents, splits = report["documents"], report["splits"]
-    num_bytes = sum(counts["bytes"] for counts in splits.values())
-    tokens = sum(counts["tokens"] for counts in splits.values())
-    rows = [
+    rows = [*list_documents(report), *list_tokens(report)]
+    for split, counts in report["splits"].items():
+        rows.append((split, f"{counts['documents']:,} documents, {counts['tokens']:,} tokens"))
+    if len(report["datasets"]) > 1 or report["datasets"][0]["weight"] != 1:
+        for drawn in report["datasets"]:
+            shown = (
+                f"weight {drawn['weight']:g}, {drawn['documents']:,} documents, {drawn['tokens']:,} tokens"
+            )
+            rows.append((drawn["dataset"], shown))
+    print(f"{out_dir}\n{prep.format_table(rows)}")
+
+
+def list_documents(report: dict) -> list[tuple[str, object]]:
+    """Return the lines of the account of documents."""
+    documents = report["documents"]
+    return [
         ("documents read", documents["read"]),
         ("kept", documents["kept"]),
         ("empty, dropped", documents["empty"]),
         *((f"rejected, {reason}", count) for reason, count in documents["rejected"].items()),
         ("duplicates (kept)", documents["duplicates"]),
+    ]
+
+
+def list_tokens(report: dict) -> list[tuple[str, object]]:
+    """Return the lines of the account of tokens."""
+    num_bytes = sum(counts["bytes"] for counts in report["splits"].values())
+    tokens = sum(counts["tokens"] for counts in report["splits"].values())
+    return [
         ("bytes of text", num_bytes),
         ("tokens", tokens),
         ("bytes per token", f"{num_bytes / tokens:.2f}"),
         ("vocabulary", report["vocab_size"]),
     ]
-    for split, counts in splits.items():
-        rows.append((split, f"{counts['documents']:,} documents, {counts['tokens']:,} tokens"))
-    print(f"{out_dir}\n{prep.format_table(rows)}")
+
+
+def build_page(report: dict) -> str:
+    """Return the report as an HTML page: its tables, and pictures of drops, mix, sides and lengths."""
+    documents, datasets = report["documents"], report["datasets"]
+    drops = {
+        name: count
+        for name, count in (documents["rejected"] | {"empty": documents["empty"]}).items()
+        if count
+    }
+    header = ("dataset", "weight", "licence", "documents", "tokens")
+    mix = draw_bars({drawn["dataset"]: drawn["tokens"] for drawn in datasets})
+    mix += format_html_table(header, map(dict.values, datasets))
+    sides = {split: counts["tokens"] for split, counts in report["splits"].items()}
+    sections = [
+        ("Documents", format_html_table((), list_documents(report))),
+        ("Documents that were dropped", draw_bars(drops) if drops else "<p>None.</p>"),
+        ("Tokens", format_html_table((), list_tokens(report)) + draw_bars(sides)),
+        (
+            "Where they come from: tokens of each dataset",
+            mix + format_html_table(header, map(dict.values, datasets)),
+        ),
+        ("Documents of up to so many tokens", draw_columns(report["lengths"])),
+    ]
+    return format_page(f"Corpus report: {', '.join(report['command']['dataset'])}", sections)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ depends on the order of the documents alone, not on where the parts end.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -200,6 +201,7 @@ class Survey:
     Attributes:
         read, empty, kept: documents; those that are bad are read but not counted here.
         characters, num_bytes: of the documents that are kept.
+        lengths: how many of those have up to 16, 32, 64, ... tokens.
         hashes: file with the hash of each kept document, in order.
         verdicts: file with a byte for each document: `KEPT`, `EMPTY` or `REFUSED`.
     """
@@ -211,6 +213,7 @@ class Survey:
     refused: int = 0
     characters: int = 0
     num_bytes: int = 0
+    lengths: Counter = field(default_factory=Counter)
     _open: np.ndarray = field(default_factory=lambda: np.empty((0, 5), dtype=np.uint64))
 
     @property
@@ -238,11 +241,18 @@ class Survey:
         kept = verdicts == KEPT
         hashes[kept].astype(DTYPE).tofile(hash_file)
         verdicts.tofile(verdict_file)
+        self.lengths.update(_find_bins(np.add.reduceat(pieces[:, NUM_TOKENS], starts)[kept]))
         self.kept += int(kept.sum())
         self.empty += int((verdicts == EMPTY).sum())
         self.refused += int((verdicts == REFUSED).sum())
         self.characters += int(np.add.reduceat(pieces[:, NUM_CHARACTERS], starts)[kept].sum())
         self.num_bytes += int(np.add.reduceat(pieces[:, NUM_BYTES], starts)[kept].sum())
+
+
+def _find_bins(lengths: np.ndarray) -> dict[int, int]:
+    """Count lengths by the upper ends of their bins."""
+    ends = 16 << np.maximum(0, np.ceil(np.log2(np.maximum(lengths, 1) / 16))).astype(np.int64)
+    return dict(zip(*(column.tolist() for column in np.unique(ends, return_counts=True)), strict=True))
 
 
 def survey_parts(parts: Iterable[Path], folder: Path, add_reject, seed: int) -> Survey:
@@ -291,6 +301,19 @@ class _Addresses:
                     self._last = numbers[row["piece"]]
                     error = RowError(row["reason"], row["detail"])
                     yield row["file"], before[row["slice"]] + row["line"], error
+
+
+def count_parts(parts: Iterable[Path], survey: Survey) -> Iterator[tuple[int, int]]:
+    """Yield for each part the kept documents that end in it, and the tokens of kept ones."""
+    # An empty file cannot be mapped.
+    verdicts = np.memmap(survey.verdicts, np.uint8, mode="r") if survey.read else np.empty(0, np.uint8)
+    document = 0
+    for part in parts:
+        pieces = np.load(part / PIECES)
+        ends = (pieces[:, STATE] & ENDS).astype(np.int64)
+        stays = verdicts[document + np.cumsum(ends) - ends] == KEPT
+        yield int(ends[stays].sum()), int(pieces[stays, NUM_TOKENS].sum())
+        document += int(ends.sum())
 
 
 def write_store(

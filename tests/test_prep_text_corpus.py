@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_store_holds_every_document_once_and_its_end(corpus, tmp_path):
     assert strip_ends(train) == [text for text in TEXTS if text in strip_ends(train)]
     assert len(val) == 6
     assert report["documents"] == {
-        "read": 60, "kept": 60, "empty": 0, "rejected": {}, "duplicates": 0
+        "read": 60, "kept": 60, "empty": 0, "rejected": {}, "duplicates": 0, "repeated": 0
     }  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def test_empty_documents_are_counted_and_dropped(tmp_path):
     corpus = write_jsonl(tmp_path / "texts.jsonl", ["one", "", " \n", "two"])
     report = run(corpus, tmp_path / "out")
     assert report["documents"] == {
-        "read": 4, "kept": 2, "empty": 2, "rejected": {}, "duplicates": 0
+        "read": 4, "kept": 2, "empty": 2, "rejected": {}, "duplicates": 0, "repeated": 0
     }  # fmt: skip
     texts = strip_ends(read_split(tmp_path / "out", "train") + read_split(tmp_path / "out", "val"))
     assert sorted(texts) == ["one", "two"]
@@ -348,3 +349,40 @@ def test_bad_documents_never_replace_a_finished_corpus(corpus, tmp_path):
     with pytest.raises(BadData, match="stays as it was"):
         run(corpus, tmp_path / "out", "--overwrite")
     assert json.loads((tmp_path / "out" / "corpus.json").read_text()) == first
+
+
+# --- mixes and the page
+
+
+def test_a_mix_takes_each_document_as_often_as_its_weight_says(tmp_path):
+    paths = {}
+    for name in "abc":
+        paths[name] = tmp_path / f"{name}.txt"
+        paths[name].write_text("".join(f"{name} number {n}\n" for n in range(300)))
+    flags = ["--split_docs", "line", "--dataset", f"{paths['b']}:0.3", "--dataset", f"{paths['c']}:2"]
+    report = run(paths["a"], tmp_path / "out", *map(str, flags))
+    a, b, c = report["datasets"]
+    assert (a["documents"], a["weight"], c["documents"], c["weight"]) == (300, 1, 600, 2)
+    assert 60 < b["documents"] < 120
+    splits = report["splits"].values()
+    assert a["documents"] + b["documents"] + c["documents"] == sum(s["documents"] for s in splits)
+    assert a["tokens"] + b["tokens"] + c["tokens"] == sum(s["tokens"] for s in splits)
+    assert sum(report["lengths"].values()) == report["documents"]["kept"]
+    assert report["documents"]["repeated"] == 300
+    assert report["documents"]["duplicates"] == 0
+    text = "".join(
+        load_tokenizer(tmp_path / "out").decode(np.fromfile(tmp_path / "out" / f"{s}.bin", "<u2").tolist())
+        for s in ("train", "val")
+    )
+    taken = Counter(text.split("<|endoftext|>"))
+    assert {taken[f"c number {n}"] for n in range(300)} == {2}
+    assert {taken[f"b number {n}"] for n in range(300)} == {0, 1}
+
+
+def test_the_page_has_the_account_and_no_markup_from_data(tmp_path):
+    (tmp_path / "<b>.txt").write_text("one\n\ntwo words\n\n \n\nthree words here\n")
+    report = run(tmp_path / "<b>.txt", tmp_path / "out", "--split_docs", "blank_line")
+    page = (tmp_path / "out" / "corpus.html").read_text(encoding="utf-8")
+    assert f'<td class="n">{report["documents"]["kept"]}</td>' in page
+    assert "<b>" not in page
+    assert "<title>16: 3</title>" in page
