@@ -169,11 +169,11 @@ def run_tasks(args) -> None:
     subject = open_subject(args)
     harness = tasks.open_harness(args.task_dir)
     found = tasks.run_tasks(
-        subject.folder,
+        subject.model,
+        subject.tokenizer,
         tasks.choose_tasks(args.tasks, harness),
         harness,
         context=min(subject.context, subject.model.config.n_positions),
-        device=str(subject.model.device),
         batch_size=args.batch_size,
         limit=args.limit,
     )

@@ -69,18 +69,19 @@ def read_curve(folder: Path) -> list[tuple[int, float, float]]:
     """Return the evaluations of a checkpoint's log, or of the newest checkpoint of a run."""
     newest = [folder, *list_checkpoints(folder)[:1]][-1]
     log = _read_json(newest / "trainer_state.json").get("log_history", [])
-    return [
-        (row["step"], row["eval_loss"], row["eval_bits_per_byte"])
-        for row in log
-        if "eval_loss" in row and "eval_bits_per_byte" in row
-    ]
+    names = ("step", "eval_loss", "eval_bits_per_byte")
+    rows = log if isinstance(log, list) else []
+    curve = [tuple(row.get(name) for name in names) for row in rows if isinstance(row, dict)]
+    return [point for point in curve if all(isinstance(value, int | float) for value in point)]
 
 
 def _read_json(path: Path) -> dict:
+    # A stranger's file may hold anything; what is no object tells the card nothing.
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return values if isinstance(values, dict) else {}
 
 
 def format_card(name: str, facts: Facts, usage: str, *, license: str | None = None) -> str:

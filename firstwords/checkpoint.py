@@ -14,16 +14,19 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import GPT2Config
+from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerBase
 
 from firstwords import atomic
 from firstwords.errors import Damaged, IOFailed, Mismatch, MissingInput, suggest
 from firstwords.model import CONFIG_KEYS, GPT2LMHeadModel
+from firstwords.template import CHAT_TEMPLATE
+from firstwords.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -373,6 +376,17 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> GPT2LMHea
             f"first {wrong[0]!r}); name a folder whose files belong together"
         )
     return model.eval()
+
+
+def build_twin(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
+    """Return Hugging Face's tokenizer with the same ids and our template.
+
+    It is made from ours and not read from the folder of the data: what somebody wrote there into
+    `chat_template.jinja` or `tokenizer_config.json` would go into every checkpoint.
+    """
+    with TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder), chat_template=CHAT_TEMPLATE)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

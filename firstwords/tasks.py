@@ -2,7 +2,7 @@
 
     items = read_hellaswag("hellaswag_val.jsonl", 200)
     score_items(score_endings(model, tokenizer, items))     ->  {"acc": 0.265, "acc_norm": 0.27}
-    run_tasks(folder, ["piqa", "blimp"])                     ->  by lm-eval, the extra firstwords[eval]
+    run_tasks(model, tokenizer, ["piqa", "blimp"], harness)  ->  by lm-eval, the extra firstwords[eval]
 
 Our own scorer is for training, where HellaSwag (Zellers et al. 2019) is asked at each evaluation. Invariant:
 on the same items it gives what lm-eval gives, item for item (a test compares them).
@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from firstwords.checkpoint import build_twin
 from firstwords.errors import BadData, BadFlag, MissingInput, suggest
 from firstwords.loss import autocast, score_labels
 from firstwords.model import IGNORED, GPT2LMHeadModel
@@ -231,23 +232,25 @@ def choose_tasks(text: str, harness) -> list[str]:
 
 
 def run_tasks(
-    folder: Path,
+    model: GPT2LMHeadModel,
+    tokenizer: Tokenizer,
     tasks: list[str],
     harness,
     *,
     context: int,
-    device: str,
     batch_size: int,
     limit: int | None = None,
 ) -> dict:
-    """Let lm-eval load a checkpoint folder and run tasks on it.
+    """Let lm-eval run tasks on a model.
+
+    It gets the model as we loaded it, not the folder, from which it would load what else lies there.
 
     Args:
-        folder: a checkpoint; nothing in it is executed, and weights are safetensors.
+        model, tokenizer: of one checkpoint.
         tasks: from `choose_tasks`.
         harness: from `open_harness`.
         context: tokens that the model was trained on; longer prompts lose their left.
-        device, batch_size: where, and how many requests at a time.
+        batch_size: requests at a time.
         limit: items of each task; None for all.
 
     Returns:
@@ -259,19 +262,17 @@ def run_tasks(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    model = HFLM(
-        pretrained=str(folder),
-        tokenizer=str(folder),
-        dtype="float32",
-        max_length=context,
-        device=device,
-        batch_size=batch_size,
-        trust_remote_code=False,
-        use_safetensors=True,
+    subject = HFLM(
+        pretrained=model, tokenizer=build_twin(tokenizer), max_length=context, batch_size=batch_size
     )
     try:
         found = simple_evaluate(
-            model=model, tasks=tasks, task_manager=harness, limit=limit, log_samples=False, bootstrap_iters=0
+            model=subject,
+            tasks=tasks,
+            task_manager=harness,
+            limit=limit,
+            log_samples=False,
+            bootstrap_iters=0,
         )
     except (OSError, ConnectionError, ValueError) as error:
         why = str(error).strip().splitlines() or [type(error).__name__]

@@ -20,7 +20,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 import transformers
@@ -29,8 +28,6 @@ from torch.utils.data import Sampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
     TrainingArguments,
@@ -44,7 +41,6 @@ from firstwords.loss import evaluate_loss
 from firstwords.optimizer import MuonAdamWFactory
 from firstwords.schema import mask_control
 from firstwords.signals import StopWish
-from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import Tokenizer
 
 
@@ -171,17 +167,6 @@ class RunMeta:
     save_total_limit: int
 
 
-def build_twin(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
-    """Return Hugging Face's tokenizer with the same ids and our template.
-
-    It is made from ours and not read from the folder of the data: what somebody wrote there into
-    `chat_template.jinja` or `tokenizer_config.json` would go into every checkpoint.
-    """
-    with TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder), chat_template=CHAT_TEMPLATE)
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
 class RunSampler(Sampler[int]):
     """The rows of a run in order, but for the batches that are left out.
 
@@ -248,7 +233,7 @@ class RunTrainer(transformers.Trainer):
             data_collator=collate,
             train_dataset=train_set,
             eval_dataset=val_set,
-            processing_class=build_twin(tokenizer),
+            processing_class=checkpoint.build_twin(tokenizer),
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
         self.remove_callback(PrinterCallback)

@@ -180,6 +180,7 @@ def test_a_bad_byte_refuses_the_whole_text_once(tmp_path, monkeypatch, tokenizer
     assert report["documents"] == {
         "read": 3,
         "kept": 2,
+        "repeated": 0,
         "empty": 0,
         "rejected": {"bad_utf8": 1},
         "duplicates": 0,

@@ -7,6 +7,7 @@ it without us, where it must happen: else the payload would prove nothing.
 import json
 import os
 import pickle
+import random
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from firstwords.checkpoint import find_checkpoint, load_model, write_manifest
 from firstwords.errors import BadData, BadFlag, Damaged, FirstwordsError, Mismatch, MissingInput
 from firstwords.model import build_model
 from firstwords.session import load_session
-from firstwords.sources import find_place, read_rows
+from firstwords.sources import archives, find_place, read_rows
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import load_tokenizer
 
@@ -670,3 +671,37 @@ def test_a_fifo_or_a_script_in_a_data_folder_is_passed_over(tmp_path):
     assert not (tmp_path / "canary").exists()
     with pytest.raises(MissingInput, match="neither a file nor a folder"):
         find_place(str(folder / "b.jsonl"))
+
+
+def read_without_limit(path, monkeypatch):
+    monkeypatch.setattr(archives, "FREE_BYTES", 1 << 40)
+    return list(read_rows(str(path)))
+
+
+def read_with_limit(path, monkeypatch):
+    monkeypatch.setattr(archives, "FREE_BYTES", 1 << 20)
+    return list(read_rows(str(path)))
+
+
+@pytest.mark.parametrize(
+    "read", [read_with_limit, pytest.param(read_without_limit, marks=pytest.mark.xfail(strict=True))]
+)
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst"])
+def test_an_archive_that_swells_is_refused(tmp_path, monkeypatch, suffix, read):
+    line = json.dumps({**ROW, "answer": "a" * 10_000}).encode() + b"\n"
+    path = tmp_path / f"rows{suffix}"
+    with pyarrow.output_stream(str(path), compression="gzip" if suffix.endswith("gz") else "zstd") as file:
+        file.write(line * 400)
+    assert path.stat().st_size * 100 < 4_000_000
+    with pytest.raises(BadData, match=r"holds more than [\d,]+ bytes"):
+        read(path, monkeypatch)
+
+
+def test_an_archive_of_text_is_read_whole(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl.gz"
+    chance = random.Random(0)
+    rows = [{**ROW, "answer": f"{chance.getrandbits(9000)}"} for _ in range(500)]
+    with pyarrow.output_stream(str(path), compression="gzip") as file:
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    monkeypatch.setattr(archives, "FREE_BYTES", 1000)
+    assert [located.row for located in read_rows(str(path))] == rows
