@@ -49,8 +49,9 @@ from firstwords.conversations import (
 from firstwords.errors import BadData, BadFlag
 from firstwords.hashes import count_distinct, count_overlap, find_val_limit, open_hashes, sort_hashes
 from firstwords.near import check_library, count_near
-from firstwords.pages import draw_bars, draw_columns, format_html_table, format_page
+from firstwords.pages import format_grid, format_html_table, format_sections
 from firstwords.parts import Work, finish_work, make_parts, open_work
+from firstwords.plot import draw_bars, draw_shares
 from firstwords.schema import Message, conversation_row, read_jsonl
 from firstwords.sources import Located, Place, Sample, find_place, read_license, read_raw_rows
 from firstwords.sources.places import ROW_SUFFIXES
@@ -472,18 +473,22 @@ def build_page(report: dict) -> str:
     drops = {reason: count for reason, count in (rows["rejected"] | rows["dropped"]).items() if count}
     header = ("dataset", "weight", "licence", "rows read", "kept", "conversations", "tokens", "learned")
     table = format_html_table(header, (drawn.values() for drawn in datasets))
-    mix = draw_bars({str(drawn["dataset"]): drawn["tokens"] for drawn in datasets})
+    mix = draw_shares({str(drawn["dataset"]): drawn["tokens"] for drawn in datasets})
     sections = [
         ("Rows", format_html_table((), list_rows(report))),
-        ("Rows that were dropped", draw_bars(drops) if drops else "<p>None.</p>"),
+        ("Rows that were dropped", draw_shares(drops) if drops else "<p>None.</p>"),
         ("Tokens", format_html_table((), list_tokens(report))),
         ("Where they come from: tokens of each dataset", mix + table),
     ]
     for split, counts in report["splits"].items():
-        sections.append((f"{split}: conversations of up to so many tokens", draw_columns(counts["lengths"])))
-        shares = {f"{end} %": count for end, count in counts["learned_shares"].items()}
-        sections.append((f"{split}: conversations of which up to so much is learned", draw_columns(shares)))
-    return format_page(f"Data report: {', '.join(report['command']['dataset'])}", sections)
+        lengths = list(counts["lengths"].items())
+        shares = [(f"{end} %", count) for end, count in counts["learned_shares"].items()]
+        charts = (
+            ("conversations by length", draw_bars(lengths, x_label="up to so many tokens")),
+            ("conversations by the share that is learned", draw_bars(shares, x_label="up to")),
+        )
+        sections.append((split, format_grid(charts)))
+    return format_sections(f"Data report: {', '.join(report['command']['dataset'])}", sections)
 
 
 def show_data(args: argparse.Namespace) -> None:

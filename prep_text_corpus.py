@@ -47,8 +47,9 @@ from firstwords.corpus import (
 )
 from firstwords.errors import BadData, BadFlag, IOFailed, MissingInput
 from firstwords.hashes import count_distinct, sort_hashes
-from firstwords.pages import draw_bars, draw_columns, format_html_table, format_page
+from firstwords.pages import format_html_table, format_sections
 from firstwords.parts import Work, finish_work, make_parts, open_work
+from firstwords.plot import draw_bars, draw_shares
 from firstwords.schema import RowError
 from firstwords.sources import (
     EVERYTHING,
@@ -553,20 +554,19 @@ def build_page(report: dict) -> str:
         if count
     }
     header = ("dataset", "weight", "licence", "documents", "tokens")
-    mix = draw_bars({drawn["dataset"]: drawn["tokens"] for drawn in datasets})
-    mix += format_html_table(header, map(dict.values, datasets))
+    mix = draw_shares({drawn["dataset"]: drawn["tokens"] for drawn in datasets})
     sides = {split: counts["tokens"] for split, counts in report["splits"].items()}
     sections = [
         ("Documents", format_html_table((), list_documents(report))),
-        ("Documents that were dropped", draw_bars(drops) if drops else "<p>None.</p>"),
-        ("Tokens", format_html_table((), list_tokens(report)) + draw_bars(sides)),
+        ("Documents that were dropped", draw_shares(drops) if drops else "<p>None.</p>"),
+        ("Tokens", format_html_table((), list_tokens(report)) + draw_shares(sides)),
         (
             "Where they come from: tokens of each dataset",
             mix + format_html_table(header, map(dict.values, datasets)),
         ),
-        ("Documents of up to so many tokens", draw_columns(report["lengths"])),
+        ("Documents by length", draw_bars(list(report["lengths"].items()), x_label="up to so many tokens")),
     ]
-    return format_page(f"Corpus report: {', '.join(report['command']['dataset'])}", sections)
+    return format_sections(f"Corpus report: {', '.join(report['command']['dataset'])}", sections)
 
 
 if __name__ == "__main__":

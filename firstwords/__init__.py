@@ -9,17 +9,16 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     0  tokenstore   CONTRACT: the token store of stage A
     0  signals      a signal -> a wish to stop
     0  parts        units of work -> parts on disk, in processes, gone on with after a kill
-    1  pages        figures -> an HTML page with tables and pictures
+    1  pages        texts and numbers -> the parts of HTML and Markdown
     1  pydocs       the embedded corpus: the documentation of the installed Python
     1  tokenizer    GPT-2's BPE, own BPE, characters; control tokens
     1  sources      rows of any known shape -> conversations; texts -> documents
     1  packing      lengths -> fixed rows
     1  prep         what both prep scripts share: flags, rejected rows, finished folders
-    1  plot         series of numbers -> charts as SVG
     2  template     CONTRACT: conversation -> ids and mask
-    2  show         prepared conversations -> what a person sees of them
-    2  layout       texts and numbers -> parts of HTML and Markdown
+    2  plot         series of numbers -> charts as SVG
     2  corpus       documents -> encoded parts -> the token store
+    3  show         prepared conversations -> what a person sees of them
     3  conversations  rows -> conversations and their tokens, in parts
     3  cluster      slices of files -> parts, as a step of datatrove on any machines
     3  model        configuration -> GPT2LMHeadModel, and its loss

@@ -7,9 +7,10 @@ within the frame, and every line and level is named in the picture.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+
+from firstwords.pages import escape_text
 
 WIDTH, HEIGHT = 620, 260
 LEFT, RIGHT, TOP, BOTTOM = 52, 112, 12, 34
@@ -102,7 +103,7 @@ def draw_lines(
         at = y_axis.place(y)
         parts.append(
             f'<line class="level" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}">'
-            f"<title>{escape(name)}: {y:.4g}</title></line>"
+            f"<title>{escape_text(name)}: {y:.4g}</title></line>"
         )
     parts += [_draw_line(line, x_axis, y_axis) for line in lines]
     parts += _draw_names(names)
@@ -114,22 +115,66 @@ def draw_bars(bars: Sequence[tuple[str, float]], *, x_label: str) -> str:
     if not bars:
         return '<p class="none">nothing counted</p>'
     highest = max(value for _, value in bars)
-    y_axis = _Axis(0.0, highest * 1.05 or 1.0, HEIGHT - BOTTOM, TOP)
+    y_axis = _Axis(0.0, highest * 1.1 or 1.0, HEIGHT - BOTTOM, TOP)
     width = min((WIDTH - LEFT - 12) / len(bars), 90)
     parts = [_draw_rules(y_axis, WIDTH - 12)]
     for place, (label, value) in enumerate(bars):
         left, top = LEFT + place * width, y_axis.place(value)
+        middle, count = left + width / 2, f"{value:,}" if isinstance(value, int) else f"{value:,.6g}"
         parts.append(
             f'<rect class="bar" x="{left + width * 0.1:.1f}" y="{top:.1f}" width="{width * 0.8:.1f}" '
-            f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{escape(label)}: {value:,.6g}</title></rect>'
-            f'<text x="{left + width / 2:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">'
-            f"{escape(label)}</text>"
+            f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{escape_text(label)}: {count}</title></rect>'
+            f'<text x="{middle:.1f}" y="{top - 3:.1f}" text-anchor="middle">{format_tick(value)}</text>'
+            f'<text x="{middle:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">'
+            f"{escape_text(label)}</text>"
         )
     parts.append(
         f'<text class="axis" x="{(LEFT + WIDTH) / 2}" y="{HEIGHT - 4}" text-anchor="middle">'
-        f"{escape(x_label)}</text>"
+        f"{escape_text(x_label)}</text>"
     )
     return _wrap("".join(parts))
+
+
+def draw_shares(counts: Mapping[str, int]) -> str:
+    """Draw a bar for each name, one below the other, with its count and its share of all."""
+    total = sum(counts.values())
+    scale = WIDTH * 0.5 / max(1, *counts.values()) if counts else 0
+    parts = []
+    for place, (name, count) in enumerate(counts.items()):
+        top, share = place * 22, count / max(total, 1)
+        parts.append(
+            f'<text x="0" y="{top + 15}">{escape_text(_shorten(name))}</text>'
+            f'<rect class="bar" x="200" y="{top + 3}" width="{count * scale:.1f}" height="16">'
+            f"<title>{escape_text(name)}</title></rect>"
+            f'<text x="{206 + count * scale:.1f}" y="{top + 15}">{count:,} ({share:.1%})</text>'
+        )
+    return f'<svg viewBox="0 0 {WIDTH} {22 * len(counts) + 2}" role="img">{"".join(parts)}</svg>'
+
+
+def _shorten(name: str) -> str:
+    return name if len(name) <= 30 else f"…{name[-29:]}"
+
+
+def draw_stretches(rows: Iterable[Iterable[tuple[str, int]]], total: int) -> str:
+    """Draw rows of stretches side by side; what is left of `total` is shown as empty."""
+    parts, top = [], 0
+    for row in rows:
+        begin = 0
+        for name, size in row:
+            parts.append(_draw_stretch(begin, size, top, name, WIDTH / total, "bar"))
+            begin += size
+        parts.append(_draw_stretch(begin, total - begin, top, "empty", WIDTH / total, "pad"))
+        top += 22
+    return f'<svg viewBox="0 0 {WIDTH} {max(top, 1)}" role="img">{"".join(parts)}</svg>'
+
+
+def _draw_stretch(begin: int, size: int, top: int, name: str, scale: float, kind: str) -> str:
+    wide = max(size * scale - 1, 0)
+    label = f'<text class="inside" x="{begin * scale + 4:.1f}" y="{top + 14}">{escape_text(name)}</text>'
+    return (
+        f'<rect class="{kind}" x="{begin * scale:.1f}" y="{top + 2}" width="{wide:.1f}" height="18">'
+        f"<title>{escape_text(name)}: {size:,} tokens</title></rect>{label if wide > 40 else ''}"
+    )
 
 
 def _keep_finite(line: Line) -> Line:
@@ -155,7 +200,7 @@ def _draw_frame(x_axis: _Axis, y_axis: _Axis, x_label: str) -> str:
         )
     middle = (LEFT + WIDTH - RIGHT) / 2
     parts.append(
-        f'<text class="axis" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape(x_label)}</text>'
+        f'<text class="axis" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">{escape_text(x_label)}</text>'
     )
     return "".join(parts)
 
@@ -177,7 +222,7 @@ def _draw_line(line: Line, x_axis: _Axis, y_axis: _Axis) -> str:
     points = [(x_axis.place(x), y_axis.place(y)) for x, y in zip(line.xs, line.ys, strict=True)]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
     dots = "".join(f'<circle class="c{line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.4"/>' for x, y in points)
-    title = f"<title>{escape(line.name)}: last {line.ys[-1]:.4g}</title>"
+    title = f"<title>{escape_text(line.name)}: last {line.ys[-1]:.4g}</title>"
     return f'<polyline class="c{line.style}" points="{path}">{title}</polyline>' + (
         dots if len(points) <= 30 else ""
     )
@@ -192,7 +237,7 @@ def _draw_names(names: list[tuple[float, str, str]]) -> list[str]:
         at = max(min(at, room + 13 * (place + 1)), lowest + 13, TOP + 4)
         lowest = at
         parts.append(
-            f'<text class="name {style}" x="{WIDTH - RIGHT + 6}" y="{at + 4:.1f}">{escape(name)}</text>'
+            f'<text class="name {style}" x="{WIDTH - RIGHT + 6}" y="{at + 4:.1f}">{escape_text(name)}</text>'
         )
     return parts
 

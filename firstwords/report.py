@@ -15,7 +15,8 @@ from pathlib import Path
 
 from firstwords import atomic
 from firstwords.history import Curve, Run, read_parent, read_run
-from firstwords.layout import (
+from firstwords.pages import (
+    escape_text,
     format_count,
     format_duration,
     format_grid,
@@ -24,7 +25,6 @@ from firstwords.layout import (
     format_table,
     list_broken,
 )
-from firstwords.pages import escape_text
 from firstwords.plot import Line, draw_bars, draw_lines, format_tick
 from firstwords.samples import parse_samples
 from firstwords.schema import mask_control

@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from firstwords.packing import choose_length, pack_rows
-from firstwords.pages import draw_stretches, escape_text, format_page
+from firstwords.pages import escape_text, format_sections
+from firstwords.plot import draw_stretches
 from firstwords.schema import mask_control
 from firstwords.tokenizer import Tokenizer, load_tokenizer
 
@@ -90,7 +91,7 @@ def build_token_page(data_dir: Path, seq_len: int, count: int) -> str:
         if len(ids) > PAGE_TOKENS:
             heading += f"; the first {PAGE_TOKENS:,} are shown"
         sections.append((heading, _format_tokens(ids[:PAGE_TOKENS], mask, tokenizer)))
-    return format_page(f"{data_dir}: what is learned is green, what ends a turn is framed", sections)
+    return format_sections(f"{data_dir}: what is learned is green, what ends a turn is framed", sections)
 
 
 def _format_tokens(ids: list[int], mask: list[int], tokenizer: Tokenizer) -> str:

@@ -18,7 +18,8 @@ from firstwords import conversations, prep
 from firstwords.conversations import gather_rows
 from firstwords.errors import BadData, BadFlag
 from firstwords.packing import choose_length, split_turns
-from firstwords.pages import draw_bars, draw_columns, format_html_table, format_page
+from firstwords.pages import format_html_table, format_sections
+from firstwords.plot import draw_bars, draw_shares
 from firstwords.schema import parse_conversation
 from firstwords.sources import Located
 from firstwords.template import CHAT_TEMPLATE, encode_chat
@@ -327,20 +328,23 @@ def test_page_has_every_figure_and_no_markup_from_data(tmp_path, run):
 
 
 def test_pictures_are_to_scale():
-    columns = draw_columns({"16": 10, "32": 40}, height=160)
-    assert [float(tall) for tall in re.findall(r'height="([\d.]+)"', columns)] == [40, 160]
-    bars = draw_bars({"a": 10, "b": 30}, width=640)
-    assert [float(wide) for wide in re.findall(r'<rect[^>]* width="([\d.]+)"', bars)] == [106.7, 320]
-    assert "30 (75.0%)" in bars
-    assert draw_columns({}).startswith("<svg")
-    assert draw_bars({}).startswith("<svg")
+    bars = draw_bars([("16", 10), ("32", 40)], x_label="tokens")
+    low, high = (float(tall) for tall in re.findall(r'height="([\d.]+)"', bars))
+    assert high > 100
+    assert high / low == pytest.approx(4, rel=0.01)
+    shares = draw_shares({"a": 10, "b": 30})
+    small, large = (float(wide) for wide in re.findall(r'<rect[^>]* width="([\d.]+)"', shares))
+    assert large > 100
+    assert large / small == pytest.approx(3, rel=0.01)
+    assert "30 (75.0%)" in shares
+    assert draw_shares({}).startswith("<svg")
 
 
 def test_cells_are_escaped():
     assert format_html_table(("<i>",), [("&", 1234)]) == (
-        '<table>\n<tr><th>&lt;i&gt;</th></tr>\n<tr><td>&amp;</td><td class="n">1,234</td></tr>\n</table>'
+        '<table><tr><th>&lt;i&gt;</th></tr><tr><td>&amp;</td><td class="n">1,234</td></tr></table>'
     )
-    assert "<title>&lt;x&gt;</title>" in format_page("<x>", [])
+    assert "<title>&lt;x&gt;</title>" in format_sections("<x>", [])
 
 
 def test_token_page_is_made_of_the_arrays(tmp_path, run):
