@@ -2,6 +2,7 @@
 """Measure prep_text_corpus.py against three other ways of encoding the same text, in turn.
 
   python -m benchmarks.bench_prep --tokenizer gpt2.tiktoken --rounds 5
+  python -m benchmarks.bench_prep --tokenizer gpt2.tiktoken --memory
 
 The text is this machine's own: the sources and documents of the installed Python packages, 100 MB of it, a
 document a file, as one .jsonl. Each side encodes it with GPT-2's vocabulary in 2 processes and is counted
@@ -31,7 +32,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.record import write_result
+from benchmarks.record import measure_peak, write_result
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import load_tokenizer
 
@@ -58,18 +59,44 @@ def write_text(path: Path) -> int:
     return total
 
 
+def build_words(work: Path, name: str, tokenizer: str) -> list:
+    """Return the words behind prep_text_corpus.py, with an empty place for what it writes."""
+    shutil.rmtree(work / "ours", ignore_errors=True)
+    words = ["--dataset", work / name, "--out_dir", work / "ours", "--tokenizer", tokenizer]
+    return [*words, "--num_proc", PROCESSES]
+
+
 def run_ours(work: Path, tokenizer: str) -> float:
     """Run the command; returns seconds."""
-    shutil.rmtree(work / "ours", ignore_errors=True)
-    words = ["--dataset", work / "text.jsonl", "--out_dir", work / "ours", "--tokenizer", tokenizer]
+    words = map(str, build_words(work, "text.jsonl", tokenizer))
     began = time.perf_counter()
     subprocess.run(
-        [sys.executable, "prep_text_corpus.py", *words, "--num_proc", str(PROCESSES)],
+        [sys.executable, "prep_text_corpus.py", *words],
         check=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
     return time.perf_counter() - began
+
+
+def compare_memory(work: Path, tokenizer: str) -> None:
+    """Write the row of the peak memory at ten times the text, each copy of it with a mark of its own."""
+    small, large = work / "text.jsonl", work / "large.jsonl"
+    with open(large, "w", encoding="utf-8") as rows:
+        for copy in range(10):
+            with open(small, encoding="utf-8") as lines:
+                rows.writelines(line.replace('{"text": "', f'{{"text": "{copy} ', 1) for line in lines)
+    peaks = [
+        (
+            path.stat().st_size / 1e6,
+            measure_peak("prep_text_corpus.py", build_words(work, path.name, tokenizer)),
+        )
+        for path in (small, large)
+    ]
+    large.unlink()
+    print(peaks)
+    result = {"median": peaks[1][1] / peaks[0][1], "mb_peak_mb": peaks}
+    write_result("prep_text_memory_ratio", result, {"processes": PROCESSES})
 
 
 def _load_rows(work: Path):
@@ -187,11 +214,15 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, help="GPT-2's ranks, a .tiktoken file")
     parser.add_argument("--work_dir", type=Path, default=Path("data/bench_prep"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--memory", action="store_true", help="measure memory alone, at 100 MB and 1 GB")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     state, text = args.work_dir / "rounds.json", args.work_dir / "text.jsonl"
     kept = json.loads(state.read_text()) if state.exists() else {"bytes": write_text(text), "rounds": []}
     rounds = kept["rounds"]
+    if args.memory:
+        compare_memory(args.work_dir, args.tokenizer)
+        return
     while len(rounds) < args.rounds:
         measured = {name: run(args.work_dir, args.tokenizer) for name, run in SIDES.items()}
         if not check_ids(args.work_dir):

@@ -11,15 +11,12 @@ rows that are in memory as messages already.
 
 import argparse
 import json
-import resource
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import prep_data
-from benchmarks.record import measure_pairs, write_result
+from benchmarks.record import measure_pairs, measure_peak, write_result
 from firstwords.conversations import Batch, gather_rows, survey_batch
 from firstwords.parts import make_parts, open_work
 from firstwords.schema import conversation_row, format_row
@@ -122,12 +119,10 @@ def rate_reading(args: argparse.Namespace, path: Path, out_dir: Path) -> None:
     write_result("reject_lines_per_s", result, {"lines": args.lines, "num_proc": args.num_proc})
 
 
-def measure_memory(path: Path, tokenizer: Path, out_dir: Path, num_proc: int) -> float:
-    """Return the peak MB of the largest process of prep_data.py, of all runs so far."""
+def _measure_peak(path: Path, tokenizer: Path, out_dir: Path, num_proc: int) -> float:
     shutil.rmtree(out_dir, ignore_errors=True)
     flags = ["--dataset", path, "--tokenizer", tokenizer, "--out_dir", out_dir, "--num_proc", num_proc]
-    subprocess.run([sys.executable, "prep_data.py", *map(str, flags)], check=True, capture_output=True)
-    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    return measure_peak("prep_data.py", flags)
 
 
 def compare_memory(args: argparse.Namespace, path: Path, tokenizer: Path, out_dir: Path) -> None:
@@ -136,7 +131,7 @@ def compare_memory(args: argparse.Namespace, path: Path, tokenizer: Path, out_di
     for count in (args.memory_rows, 10 * args.memory_rows):
         write_rows(args.dataset, path, count, "row")
         size = path.stat().st_size / 1e6
-        peaks.append((count, size, measure_memory(path, tokenizer, out_dir, args.num_proc)))
+        peaks.append((count, size, _measure_peak(path, tokenizer, out_dir, args.num_proc)))
     print(peaks)
     result = {"median": peaks[1][2] / peaks[0][2], "rows_mb_peak_mb": peaks}
     write_result("prep_data_memory_ratio", result, {"num_proc": args.num_proc})

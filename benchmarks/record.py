@@ -8,7 +8,9 @@ A row has a fixed name; one that no result file has stands there as "not measure
 import datetime
 import json
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
@@ -38,6 +40,7 @@ ROWS = {
     "prep_text_vs_hf": "MB/s of prep_text_corpus.py over datasets.map with the fast GPT-2 tokenizer: 3",
     "prep_text_vs_nanogpt": "the same over nanoGPT's prepare.py: 1.2",
     "prep_text_vs_tiktoken": "the same over bare tiktoken, which reads and writes nothing: 0.9",
+    "prep_text_memory_ratio": "peak memory of prep_text_corpus.py at 1 GB of text over that at 100 MB: 1.2",
     "train_gpu": "tokens/s on a GPU",
     "generate_cpu_fp32": "tokens/s of one stream, 124M, over transformers' generate in fp32, equal ids: 1.5",
     "generate_cpu_fp16": "the same with --dtype fp16: 3",
@@ -66,6 +69,16 @@ def summarise_pairs(measured: list[tuple[float, float]]) -> dict:
     """Return the figures of all pairs, and the median of their ratios with the lowest and the highest."""
     ratios = sorted(x / y for x, y in measured)
     return {"pairs": measured, "median": statistics.median(ratios), "low": ratios[0], "high": ratios[-1]}
+
+
+def measure_peak(script: str, words: list) -> float:
+    """Run a script; return the peak MB of its largest process.
+
+    The system keeps the highest of all runs so far: begin with the smaller.
+    """
+    command = [sys.executable, script, *map(str, words)]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
 def write_result(row: str, result: dict, settings: dict) -> None:
