@@ -32,41 +32,71 @@ RIVAL_BATCHES = (8, 32)
 
 
 class Clock(TrainerCallback):
-    """Seconds of the steps after the warm-up."""
+    """Measure the seconds of the steps after the first `warm_up`."""
+
+    def __init__(self, warm_up: int):
+        self.warm_up = warm_up
 
     def on_step_begin(self, args, state, control, **kwargs):
         """Start once the warm-up is over."""
-        if state.global_step == WARM_UP:
+        if state.global_step == self.warm_up:
             self.begin = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         """Remember the last end."""
         self.end = time.perf_counter()
 
+    @property
+    def seconds(self) -> float:
+        """From the end of the warm-up to the last end."""
+        return self.end - self.begin
 
-def run_ours(data_dir: Path, bf16: bool) -> float:
+
+class Padding:
+    """Stack rows of any length, with an attention mask, as the plain Trainer's users do.
+
+    Attributes:
+        used: real tokens of each batch.
+    """
+
+    def __init__(self, pad_id: int, *, length: int | None = None):
+        self.fills = {"input_ids": pad_id, "labels": IGNORED, "attention_mask": 0}
+        self.length, self.used = length, []
+
+    def __call__(self, batch: list[dict]) -> dict[str, torch.Tensor]:
+        """Pad to `length`, or to the longest of the batch; (B, T)."""
+        lengths = [len(row["input_ids"]) for row in batch]
+        self.used.append(sum(lengths))
+        width = self.length or max(lengths)
+        return {
+            name: torch.tensor([row[name] + [fill] * (width - len(row[name])) for row in batch])
+            for name, fill in self.fills.items()
+        }
+
+
+def run_ours(data_dir: Path, bf16: bool, config: Path, seq_len: int, rows: int, warm_up: int, steps: int):
     """Train with our Trainer; return real tokens per second."""
     tokenizer = load_tokenizer(data_dir)
-    train_set = open_train(data_dir, tokenizer, SEQ_LEN, seed=0, assistant_only=True)
-    clock = Clock()
+    train_set = open_train(data_dir, tokenizer, seq_len, seed=0, assistant_only=True)
+    clock = Clock(warm_up)
     with tempfile.TemporaryDirectory() as folder:
         flags = TrainFlags(
-            model_dir=Path(folder), seq_len=SEQ_LEN, batch_size=ROWS, bf16=bf16, device="cpu",
+            model_dir=Path(folder), seq_len=seq_len, batch_size=rows, bf16=bf16, device="cpu",
             eval_steps=0, save_steps=10**9,
         )  # fmt: skip
         run = trainer.RunTrainer(
-            build_model(CONFIG, tokenizer, seed=0),
-            trainer.build_training_arguments(flags, {"save_strategy": "no"}, WARM_UP + STEPS),
+            build_model(config, tokenizer, seed=0),
+            trainer.build_training_arguments(flags, {"save_strategy": "no"}, warm_up + steps),
             train_set=train_set,
             val_set=None,
             tokenizer=tokenizer,
-            meta=trainer.RunMeta({}, ROWS * train_set.tokens_per_row, 1),
+            meta=trainer.RunMeta({}, rows * train_set.tokens_per_row, 1),
             collate=collate,
         )
         run.add_callback(trainer.Throughput(run))
         run.add_callback(clock)
         run.train()
-    return STEPS * ROWS * train_set.tokens_per_row / (clock.end - clock.begin)
+    return steps * rows * train_set.tokens_per_row / clock.seconds
 
 
 def run_rival(data_dir: Path, bf16: bool, batch_size: int) -> float:
@@ -79,26 +109,18 @@ def run_rival(data_dir: Path, bf16: bool, batch_size: int) -> float:
     )
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(config)
-    clock, used = Clock(), []
-
-    def pad(batch: list[dict]) -> dict[str, torch.Tensor]:
-        used.append(sum(len(row["input_ids"]) for row in batch))
-        longest = max(len(row["input_ids"]) for row in batch)
-        columns = {"input_ids": tokenizer.pad_id, "labels": IGNORED, "attention_mask": 0}
-        return {
-            name: torch.tensor([row[name] + [fill] * (longest - len(row[name])) for row in batch])
-            for name, fill in columns.items()
-        }
-
+    clock, padding = Clock(WARM_UP), Padding(tokenizer.pad_id)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder, per_device_train_batch_size=batch_size, max_steps=WARM_UP + STEPS,
             use_cpu=True, bf16=bf16, save_strategy="no", report_to="none", disable_tqdm=True, seed=0,
             learning_rate=6e-4, logging_steps=10**9,
         )  # fmt: skip
-        run = transformers.Trainer(model, arguments, data_collator=pad, train_dataset=rows, callbacks=[clock])
+        run = transformers.Trainer(
+            model, arguments, data_collator=padding, train_dataset=rows, callbacks=[clock]
+        )
         run.train()
-    return sum(used[WARM_UP : WARM_UP + STEPS]) / (clock.end - clock.begin)
+    return sum(padding.used[WARM_UP : WARM_UP + STEPS]) / clock.seconds
 
 
 def read_rows(data_dir: Path) -> list[dict]:
@@ -129,7 +151,7 @@ def measure(row: str, args, *, ours_bf16: bool, rival_bf16: bool) -> None:
     """Find the rival's faster batch, then measure in turn, and write the row."""
     batch = max(RIVAL_BATCHES, key=lambda size: run_rival(args.data_dir, rival_bf16, size))
     result = measure_pairs(
-        lambda: run_ours(args.data_dir, ours_bf16),
+        lambda: run_ours(args.data_dir, ours_bf16, CONFIG, SEQ_LEN, ROWS, WARM_UP, STEPS),
         lambda: run_rival(args.data_dir, rival_bf16, batch),
         args.pairs,
     )
