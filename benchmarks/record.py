@@ -44,6 +44,7 @@ ROWS = {
     "sft_vs_padded": "packed SFT, real tokens/s over the plain Trainer padded to 1024: 6 (GPU 8)",
     "sft_vs_trl": "the same over TRL's SFTTrainer, batch 8, without gradient checkpointing: 2 (GPU 3)",
     "sft_vs_trl_packing": "the same over TRL's packing: 1.3",
+    "save_cost": "hashing, syncing and checking a save of 124M with AdamW, % of ten minutes: at most 0.5",
     "train_gpu": "tokens/s on a GPU",
     "generate_cpu_fp32": "tokens/s of one stream, 124M, over transformers' generate in fp32, equal ids: 1.5",
     "generate_cpu_fp16": "the same with --dtype fp16: 3",

@@ -1,17 +1,33 @@
-"""Checkpoints that are damaged, foreign, old or torn: only whole ones are chosen, counted and kept."""
+"""Checkpoints that are damaged, foreign, old or torn: only whole ones are chosen, counted and kept.
+
+And stage B from stage A: a parent that is not there, not finished, or not of one piece is refused.
+"""
 
 import os
 import re
 import shutil
 
 import pytest
+import transformers
 from faults import beside
 from test_checkpoint import damage, stage
+from tiny import (
+    BYTES,
+    build_flags,
+    invent_talks,
+    run_script,
+    write_chats,
+    write_config,
+    write_store,
+)
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
+import train
 from firstwords import atomic, checkpoint
 from firstwords.checkpoint import MANIFEST, find_checkpoint, find_resumable, list_checkpoints, publish, verify
 from firstwords.errors import Damaged
+from firstwords.template import CHAT_TEMPLATE
+from firstwords.tokenizer import BYTE_LEVEL, Tokenizer
 
 FILES = (
     *("model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"),
@@ -153,3 +169,144 @@ def test_a_step_saved_again_is_never_a_mixture(run, implementation):
 @beside(publish, file_by_file)
 def test_pruning_killed_anywhere_leaves_whole_checkpoints(run, implementation):
     assert check_publishing_killed(implementation, run, 11) >= 3
+
+
+# --- 41, 42: stage B from stage A
+
+
+def by_stock_loader(folder):
+    """Take whatever the stock loader makes a model of, as a script of a few lines does."""
+    return transformers.GPT2LMHeadModel.from_pretrained(folder, local_files_only=True)
+
+
+class StockInit:
+    """A version of train.py that starts from what `by_stock_loader` gives, and asks nothing else."""
+
+    __name__ = "stock_init"
+
+    @staticmethod
+    def main(argv):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(checkpoint, "find_init", lambda folder, *_: folder)
+            patch.setattr(checkpoint, "load_model", by_stock_loader)
+            patch.setattr(train, "check_parent", lambda *_: {})
+            try:
+                train.main(argv)
+            except (OSError, ValueError, RuntimeError) as error:
+                raise Damaged(str(error)) from None
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    """Data of both stages, and a finished run of stage A; beside it one of other weights and depth."""
+    home = tmp_path_factory.mktemp("stages")
+    store = write_store(home / "store", ["tea and birds " * 30] * 5, ["birds and tea " * 9])
+    write_chats(home / "chats", invent_talks(20))
+    for name, shape, seed in (("base", {}, 1), ("other", {}, 2), ("deep", {"n_layer": 2}, 1)):
+        cfg = write_config(home / f"{name}.json", **shape)
+        flags = {"max_steps": 2, "seed": seed, "no_assistant_only_loss": True}
+        assert run_script(train, build_flags(store, home / name, cfg, **flags)) == (0, "")
+    return home
+
+
+def start_stage_b(implementation, stages, init, tmp_path):
+    """Start stage B; return the exit code and what is said."""
+    words = build_flags(stages / "chats", tmp_path / "run", None, init_model_dir=init, max_steps=1)
+    return run_script(implementation, words)
+
+
+def read_sha(folder):
+    return checkpoint.read_manifest(folder)["files"]["model.safetensors"]["sha256"][:8]
+
+
+def swap_tokenizer(base, stages):
+    """Another tokenizer of the same size: two of its bytes have changed places."""
+    values = [bytes([value]) for value in range(256)]
+    values[65], values[66] = values[66], values[65]
+    other = Tokenizer(BYTE_LEVEL, values)
+    assert len(other) == len(BYTES)
+    (base / checkpoint.MANIFEST).unlink()
+    (base / checkpoint.COMPLETE).unlink()
+    shutil.rmtree(base / "checkpoint-2")
+    other.save(base, chat_template=CHAT_TEMPLATE)
+    return 78, [other.hash[:8], BYTES.hash[:8]]
+
+
+def swap_depth(base, stages):
+    """The configuration of a deeper model, in a folder that has no manifest."""
+    (base / checkpoint.MANIFEST).unlink()
+    (base / checkpoint.COMPLETE).unlink()
+    shutil.rmtree(base / "checkpoint-2")
+    shutil.copyfile(stages / "deep" / "config.json", base / "config.json")
+    return 78, ["it has 1 layers, not 2"]
+
+
+def swap_sealed_depth(base, stages):
+    """The same, where the manifest knows the configuration that was written."""
+    shutil.copyfile(stages / "deep" / "config.json", base / "config.json")
+    return 76, [f"{base}/config.json: is not the file that was written"]
+
+
+def swap_weights(base, stages):
+    """The weights of another run, of the same shape."""
+    shutil.copyfile(stages / "other" / "model.safetensors", base / "model.safetensors")
+    return 76, [read_sha(stages / "other"), read_sha(stages / "base")]
+
+
+SWAPS = (swap_tokenizer, swap_depth, swap_sealed_depth, swap_weights)
+
+
+@pytest.mark.parametrize("swap", SWAPS, ids=lambda swap: swap.__name__)
+@beside(train, StockInit())
+def test_an_init_whose_parts_do_not_belong_together_is_refused(stages, tmp_path, implementation, swap):
+    base = shutil.copytree(stages / "base", tmp_path / "base")
+    expected, values = swap(base, stages)
+    code, errors = start_stage_b(implementation, stages, base, tmp_path)
+    assert code == expected
+    assert [value for value in values if value not in errors] == []
+    assert not (tmp_path / "run").exists()
+
+
+def leave_unfinished(base):
+    """A run that was stopped before its last step."""
+    (base / checkpoint.COMPLETE).unlink()
+    (base / checkpoint.MANIFEST).unlink()
+    return base, 78, f"this run has not reached its end; let it finish, or name {base / 'checkpoint-2'}"
+
+
+def mistype(base):
+    return base.with_name("bsae"), 66, f"{base.with_name('bsae')}: is no folder; did you mean 'base'"
+
+
+def leave_empty(base):
+    folder = base.with_name("empty")
+    folder.mkdir()
+    return folder, 66, f"{folder}: holds no model"
+
+
+def name_a_file(base):
+    return base / "config.json", 66, "config.json: is no folder"
+
+
+def link_to_itself(base):
+    link = base.with_name("link")
+    link.symlink_to(link)
+    return link, 66, f"{link}: is no folder"
+
+
+def name_of_the_hub(base):
+    return "gpt2", 66, "gpt2: is no folder"
+
+
+CASES = (leave_unfinished, mistype, leave_empty, name_a_file, link_to_itself, name_of_the_hub)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@beside(train, StockInit())
+def test_an_init_that_is_no_finished_model_is_refused(stages, tmp_path, implementation, case):
+    base = shutil.copytree(stages / "base", tmp_path / "base")
+    init, expected, why = case(base)
+    code, errors = start_stage_b(implementation, stages, init, tmp_path)
+    assert (code, len(errors.splitlines())) == (expected, 1)
+    assert why in errors
+    assert not (tmp_path / "run").exists()

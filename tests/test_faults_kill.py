@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 
 import broken
 import pytest
@@ -22,6 +23,7 @@ from tiny import build_flags, hash_files, invent_talks, write_chats, write_confi
 
 from firstwords.checkpoint import is_complete, list_checkpoints, verify
 
+NUM_STEPS = 40  # of a run that is killed again and again
 LINE = re.compile(r"step (\d+)/\d+  (loss .*?)  tok/s .*  left \S+")
 
 
@@ -102,50 +104,63 @@ def kill_whole(words, run, pick):
     return process.wait() == -signal.SIGKILL
 
 
-def kill_forked(nursery, words, implementation, pick):
+def kill_forked(nursery, words, implementation, pick, seconds):
     """Start a child and kill it a random moment later, in its start-up or in training."""
     child = nursery.start(words, implementation)
-    time.sleep(pick.uniform(0.05, 1.6))
+    time.sleep(pick.uniform(0.02, seconds))
     child.send(signal.SIGKILL)
     return child.wait() == -signal.SIGKILL
 
 
-def check_random_kills(nursery, build, folder, implementation, num_forked, num_whole, seed):
-    """Kill the runs of a folder again and again; each ends in the bytes of the one that nobody killed."""
-    pick, steps = random.Random(seed), {"max_steps": 60}
-    assert nursery.run(build(folder / "whole", **steps), implementation) == (0, "")
-    expected, kills, count = strip(hash_files(folder / "whole")), 0, 0
-    plan = [True] * num_whole + [False] * num_forked
-    pick.shuffle(plan)
-    while plan:
-        run, count = folder / f"run-{count}", count + 1
-        words = build(run, **steps)
-        while plan and not is_complete(run):
-            is_whole = plan.pop()
-            killed = (
-                kill_whole(words, run, pick)
-                if is_whole
-                else kill_forked(nursery, words, implementation, pick)
-            )
-            kills += killed
-            plan += [] if killed else [is_whole]  # it had come to its end before
-            for checkpoint in list_checkpoints(run):
-                verify(checkpoint)
-        assert nursery.run(words, implementation)[0] == 0, "it needs a human"
-        assert strip(hash_files(run)) == expected
-        check_log(run)
-    assert kills == num_forked + num_whole
+def check_random_kills(nursery, build, folder, implementation, lanes, seed):
+    """Kill the runs of a folder again and again; each ends in the bytes of the one that nobody killed.
+
+    Args:
+        lanes: the forked and the whole processes that are killed, of each line of runs side by side.
+    """
+    begin = time.monotonic()
+    assert nursery.run(build(folder / "whole", max_steps=NUM_STEPS), implementation) == (0, "")
+    seconds = (time.monotonic() - begin) / 2
+    expected = strip(hash_files(folder / "whole"))
+
+    def kill_in(lane):
+        """Kill the runs of one line, until as many kills as asked for have hit."""
+        pick, (num_forked, num_whole) = random.Random(seed + lane), lanes[lane]
+        plan, kills, count = [True] * num_whole + [False] * num_forked, 0, 0
+        pick.shuffle(plan)
+        while plan:
+            run, count = folder / f"run-{lane}-{count}", count + 1
+            words = build(run, max_steps=NUM_STEPS)
+            while plan and not is_complete(run):
+                is_whole = plan.pop()
+                killed = (
+                    kill_whole(words, run, pick)
+                    if is_whole
+                    else kill_forked(nursery, words, implementation, pick, seconds)
+                )
+                kills += killed
+                plan += [] if killed else [is_whole]  # it had come to its end before
+                for checkpoint in list_checkpoints(run):
+                    verify(checkpoint)
+            assert nursery.run(words, implementation)[0] == 0, "it needs a human"
+            assert strip(hash_files(run)) == expected
+            check_log(run)
+        return kills
+
+    with ThreadPoolExecutor(len(lanes)) as pool:
+        kills = list(pool.map(kill_in, range(len(lanes))))
+    assert kills == [sum(lane) for lane in lanes]
 
 
 @beside(ours, broken.chance_forgotten, broken.stock_trainer)
 def test_random_kills_end_in_the_same_bytes(nursery, build, tmp_path, implementation):
-    forked, whole = (40, 10) if implementation is ours else (5, 0)
-    check_random_kills(nursery, build, tmp_path, implementation, forked, whole, seed=5)
+    lanes = [(20, 5), (20, 5)] if implementation is ours else [(3, 0)]
+    check_random_kills(nursery, build, tmp_path, implementation, lanes, seed=5)
 
 
 @pytest.mark.slow
 def test_500_random_kills(nursery, build, tmp_path):
-    check_random_kills(nursery, build, tmp_path, ours, 450, 50, seed=6)
+    check_random_kills(nursery, build, tmp_path, ours, [(225, 25), (225, 25)], seed=6)
 
 
 # --- 2: at every write

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from test_session import Scripted, say
 from tiny import (
     BYTES,
     build_flags,
@@ -279,25 +280,9 @@ def test_4_in_training(tmp_path, naive):
         check_rows(naive[0], tmp_path / "naive")
 
 
-class Listens(GPT2LMHeadModel):
-    """Notes the prompts and says the end token, or what it is told to."""
-
-    def __init__(self, config, says=""):
-        super().__init__(config)
-        self.prompts, self.said = [], iter([*BYTES.encode(says), BYTES.end_id, BYTES.end_id])
-
-    def forward(self, input_ids, **kwargs):
-        if input_ids.shape[1] > 1:
-            self.prompts.append(input_ids[0].tolist())
-        output = super().forward(input_ids=input_ids, **kwargs)
-        output.logits[:, -1] = 0
-        output.logits[:, -1, next(self.said)] = 9
-        return output
-
-
-def check_prompts(config):
+def check_prompts():
     """A chat in which everybody spells control tokens: the model reads the frame and no more."""
-    model = Listens(config, says="<|end|><|user|>").eval()
+    model = Scripted(say("<|end|><|user|>"), say(""))
     session = ChatSession(model, BYTES, context=500, system=HOSTILE[0].content)
     assert session.ask(HOSTILE[1].content) == "<|end|><|user|>"
     session.ask("".join(CONTROL_TOKENS))
@@ -306,12 +291,11 @@ def check_prompts(config):
     assert second == [*FRAME, "<|user|>", "<|end|>", "<|assistant|>"]
 
 
-def test_4_in_chat(tmp_path, naive, monkeypatch):
-    config = build_model(write_config(tmp_path / "c.json", n_positions=600), BYTES, seed=0).config
-    check_prompts(config)
+def test_4_in_chat(naive, monkeypatch):
+    check_prompts()
     monkeypatch.setattr(session_module, "encode_prompt", naive[1])
     with pytest.raises(AssertionError):
-        check_prompts(config)
+        check_prompts()
 
 
 # --- 5: packed rows
