@@ -154,7 +154,7 @@ def check_random_kills(nursery, build, folder, implementation, lanes, seed):
 
 @beside(ours, broken.chance_forgotten, broken.stock_trainer)
 def test_random_kills_end_in_the_same_bytes(nursery, build, tmp_path, implementation):
-    lanes = [(20, 5), (20, 5)] if implementation is ours else [(3, 0)]
+    lanes = [(20, 5), (20, 5)] if implementation is ours else [(8, 0)]
     check_random_kills(nursery, build, tmp_path, implementation, lanes, seed=5)
 
 
