@@ -9,7 +9,9 @@ own functions are timed, which the stock Trainer has not:
 
 hash      sha256 of every file, for the manifest
 sync      fsync of every file and of the folder: what was written has to reach the disk
-publish   the rename, and the pruning with what it checks of the checkpoints before
+publish   the rename, and the pruning: nobody has written into the checkpoints before, the oldest goes
+verify    every byte of a checkpoint read again, as a run does once for each that it finds when it is gone on
+          with; told beside the others, and no part of a save
 
 The row is the share of ten minutes that hash, sync and publish take, in percent, of saves in a steady state.
 """
@@ -40,14 +42,15 @@ def write_files(folder: Path) -> float:
     return time.perf_counter() - begin
 
 
-def save(run: Path, step: int) -> dict[str, float]:
+def save(run: Path, step: int, verified: dict) -> dict[str, float]:
     """Save once as a run does; return the seconds of each part."""
     folder = run / f"{atomic.STAGING}{os.getpid()}" / f"checkpoint-{step}"
     seconds = {"write": write_files(folder)}
     for name, do in (
         ("hash", lambda: checkpoint.write_manifest(folder, {"step": step})),
         ("sync", lambda: atomic.sync_folder(folder)),
-        ("publish", lambda: checkpoint.publish(folder, run, keep=KEEP)),
+        ("publish", lambda: checkpoint.publish(folder, run, keep=KEEP, verified=verified)),
+        ("verify", lambda: checkpoint.verify(run / folder.name)),
     ):
         begin = time.perf_counter()
         do()
@@ -64,8 +67,9 @@ def main() -> None:
     parser.add_argument("--saves", type=int, default=6)
     args = parser.parse_args()
     args.folder.mkdir(parents=True)
+    verified = {}
     try:
-        saves = [save(args.folder, step) for step in range(1, args.saves + 1)]
+        saves = [save(args.folder, step, verified) for step in range(1, args.saves + 1)]
     finally:
         shutil.rmtree(args.folder)
     steady = saves[KEEP:]  # the first ones have none before them to check and to prune

@@ -195,10 +195,16 @@ def _move_aside(path: Path) -> Path:
     return path.rename(path.with_name(f"{path.name}.corrupt{number or ''}"))
 
 
-def publish(staging: Path, run_dir: Path, *, keep: int) -> None:
+def publish(staging: Path, run_dir: Path, *, keep: int, verified: dict[Path, tuple] | None = None) -> None:
     """Make a staged checkpoint appear in the run, then prune the oldest ones.
 
     What else has its name is kept aside, unless it is a checkpoint of ours.
+
+    Args:
+        staging: hashed as it was written, and named `checkpoint-<step>`.
+        run_dir: the run.
+        keep: checkpoints that stay.
+        verified: what this process knows to be good, see `prune`; kept from one save to the next.
 
     Raises:
         IOFailed: when the disk refuses; what was there before is untouched.
@@ -209,23 +215,38 @@ def publish(staging: Path, run_dir: Path, *, keep: int) -> None:
         if os.path.lexists(target) and not _is_ours(target):
             _move_aside(target)
         atomic.replace_folder(staging, target)
-        prune(run_dir, keep=keep, known_good=target)
+        known = {} if verified is None else verified
+        known[target] = stamp_files(target)
+        prune(run_dir, keep=keep, verified=known)
     except OSError as error:
         raise IOFailed(f"{run_dir}: saving failed ({error.strerror}); free some space") from None
 
 
-def prune(run_dir: Path, *, keep: int, known_good: Path) -> None:
+def prune(run_dir: Path, *, keep: int, verified: dict[Path, tuple]) -> None:
     """Delete the checkpoints that are older than `keep` good ones: by step, never by file time.
 
     Args:
-        known_good: was hashed as it was written; the others are read again, a disk may have spoilt them.
+        verified: stamps of the checkpoints whose bytes this process has hashed. Where the stamp is the same,
+            nobody has written there since, and 1.5 GB of a 124M run are not read again at each save (1.3 s,
+            measured). A disk that changes bytes by itself is seen when the run is gone on with, where every
+            byte is read. The others are read here, and added.
     """
     num_good = 0
     for folder in list_checkpoints(run_dir):
         if num_good >= keep:
             atomic.remove_folder(folder)
-        elif folder == known_good or is_whole(folder):
+            verified.pop(folder, None)
+        elif verified.get(folder) == (stamp := stamp_files(folder)):
             num_good += 1
+        elif is_whole(folder):
+            verified[folder] = stamp
+            num_good += 1
+
+
+def stamp_files(folder: Path) -> tuple:
+    """Return name, size, time of the last write and inode of every file in the folder."""
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())]
+    return tuple((name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in stats)
 
 
 def publish_final(checkpoint: Path, run_dir: Path) -> None:

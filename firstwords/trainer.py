@@ -245,6 +245,7 @@ class RunTrainer(transformers.Trainer):
         self._micro_batches: list[tuple[dict, torch.Tensor]] = []
         self._staging: Path | None = None
         self._has_failed_to_save = False
+        self._verified: dict[Path, tuple] = {}
         # Trainer makes these when it trains, but asks PendingLoss for its state before.
         self._tr_loss, self._globalstep_last_logged = torch.tensor(0.0), 0
 
@@ -375,7 +376,7 @@ class RunTrainer(transformers.Trainer):
         place = {"step": self.state.global_step, "tokens_seen": self.tokens_seen}
         place["skipped"] = list(self.sampler.skipped)
         checkpoint.write_manifest(folder, {**place, **self.meta.fixed})
-        checkpoint.publish(folder, run_dir, keep=self.meta.save_total_limit)
+        checkpoint.publish(folder, run_dir, keep=self.meta.save_total_limit, verified=self._verified)
 
 
 def print_warning(text: str) -> None:

@@ -220,6 +220,19 @@ def test_nothing_is_pruned_for_a_checkpoint_that_does_not_verify(run):
     ]
 
 
+def test_pruning_reads_again_only_what_somebody_wrote_into(run, monkeypatch):
+    verified, read = {}, []
+    publish(stage(run / ".staging-1" / "checkpoint-11", 11), run, keep=2, verified=verified)
+    monkeypatch.setattr(checkpoint, "is_whole", lambda folder: read.append(folder.name))
+    publish(stage(run / ".staging-1" / "checkpoint-12", 12), run, keep=2, verified=verified)
+    assert read == []
+    assert sorted(folder.name for folder in verified) == ["checkpoint-11", "checkpoint-12"]
+    monkeypatch.undo()
+    damage(run / "checkpoint-12" / "optimizer.pt", "flipped")
+    publish(stage(run / ".staging-1" / "checkpoint-13", 13), run, keep=2, verified=verified)
+    assert [read_step(folder) for folder in list_checkpoints(run)] == [13, 12, 11]
+
+
 def test_a_manifest_with_another_word_in_it_is_damage(run):
     path = run / "checkpoint-9" / MANIFEST
     manifest = json.loads(path.read_text())
