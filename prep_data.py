@@ -50,7 +50,7 @@ from firstwords.errors import BadData, BadFlag
 from firstwords.hashes import count_distinct, count_overlap, find_val_limit, open_hashes, sort_hashes
 from firstwords.near import check_library, count_near
 from firstwords.pages import format_grid, format_html_table, format_sections
-from firstwords.parts import Work, finish_work, make_parts, open_work
+from firstwords.parts import Work, finish_work, make_parts, open_work, sweep_work
 from firstwords.plot import draw_bars, draw_shares
 from firstwords.schema import Message, conversation_row, read_jsonl
 from firstwords.sources import Located, Place, Sample, find_place, read_license, read_raw_rows
@@ -166,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = build_tokenizer(args.tokenizer, ())
         made_by["tokenizer_hash"] = tokenizer.hash
     if prep.is_finished(args.out_dir, REPORT, made_by, overwrite=args.overwrite):
+        sweep_work(args.out_dir)
         print(f"{args.out_dir}: these data are there already, made by the same command")
     else:
         report = make_data(tokenizer, args, made_by)

@@ -48,7 +48,7 @@ from firstwords.corpus import (
 from firstwords.errors import BadData, BadFlag, IOFailed, MissingInput
 from firstwords.hashes import count_distinct, sort_hashes
 from firstwords.pages import format_html_table, format_sections
-from firstwords.parts import Work, finish_work, make_parts, open_work
+from firstwords.parts import Work, finish_work, make_parts, open_work, sweep_work
 from firstwords.plot import draw_bars, draw_shares
 from firstwords.schema import RowError
 from firstwords.sources import (
@@ -146,6 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.out_dir.exists():
         made_by["sources"] = corpus.describe()
     if prep.is_finished(args.out_dir, REPORT, made_by, overwrite=args.overwrite):
+        sweep_work(args.out_dir)
         print(f"{args.out_dir}: this corpus is there already, made by the same command")
         return
     with open_work(args.out_dir, plan_work(corpus, args, tokenizer)) as work:

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import Dataset
 
 from firstwords import tokenstore
-from firstwords.errors import BadData, BadFlag, MissingInput
+from firstwords.errors import BadData, BadFlag, Mismatch, MissingInput
 from firstwords.model import IGNORED
 from firstwords.packing import choose_lengths, pack_rows
 from firstwords.tokenizer import Tokenizer
@@ -280,10 +280,12 @@ def open_train(
     Raises:
         MissingInput: when the folder holds neither.
         BadFlag: when assistant-only loss is asked of a token store, which has no assistant.
+        BadData: when the data are not what was written.
+        Mismatch: when a token store is another tokenizer's.
     """
     if tokenstore.is_store(data_dir):
-        _check_token_store(data_dir, assistant_only)
-        return TokenBlocks(tokenstore.open_store(data_dir, "train"), tokenizer, seq_len, seed)
+        store = _open_store(data_dir, "train", tokenizer, assistant_only)
+        return TokenBlocks(store, tokenizer, seq_len, seed)
     chats = read_chats(find_chats(data_dir, "train"))
     return PackedChats(chats, tokenizer, seq_len, seed, assistant_only=assistant_only, overlong=overlong)
 
@@ -298,8 +300,7 @@ def open_val(
 ) -> TokenWindows | PackedChats:
     """Open the val split, to be read in full; errors as of `open_train`."""
     if tokenstore.is_store(data_dir):
-        _check_token_store(data_dir, assistant_only)
-        store = tokenstore.open_store(data_dir, "val")
+        store = _open_store(data_dir, "val", tokenizer, assistant_only)
         windows = TokenWindows(store.tokens, tokenizer, seq_len)
         windows.hash = store.hash
         return windows
@@ -307,12 +308,23 @@ def open_val(
     return PackedChats(chats, tokenizer, seq_len, 0, assistant_only=assistant_only, overlong=overlong)
 
 
-def _check_token_store(data_dir: Path, assistant_only: bool) -> None:
+def _open_store(
+    data_dir: Path, split: str, tokenizer: Tokenizer, assistant_only: bool
+) -> tokenstore.TokenStore:
     if assistant_only:
         raise BadFlag(
             f"--data_dir {data_dir}: is a token store and has no assistant to learn from; "
             "pass --no_assistant_only_loss"
         )
+    store = tokenstore.open_store(data_dir, split)
+    made_with = tokenstore.read_corpus(data_dir).get("tokenizer_hash", tokenizer.hash)
+    if made_with != tokenizer.hash:
+        raise Mismatch(
+            f"--data_dir {data_dir}: its tokens are of the tokenizer {made_with!s:.8}, but the tokenizer is "
+            f"{tokenizer.hash[:8]}; prepare it anew"
+        )
+    tokenstore.check_content(data_dir, split)
+    return store
 
 
 def find_chats(data_dir: Path, split: str) -> Path:

@@ -117,6 +117,14 @@ def finish_work(work: Work) -> None:
     remove_folder(work.folder)
 
 
+def sweep_work(out_dir: Path) -> None:
+    """Delete the work folder that a process left which was killed when `out_dir` was finished."""
+    folder = out_dir.parent / f"{WORK}{out_dir.name}"
+    if folder.is_dir():
+        with lock_folder(folder):
+            remove_folder(folder)
+
+
 def make_parts(job: Job, units: Iterable[Unit], work: Work, *, num_proc: int) -> Iterator[Path]:
     """Make the part of each unit that has none yet.
 

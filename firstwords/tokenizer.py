@@ -168,8 +168,9 @@ class Tokenizer:
             folder: an existing folder.
             chat_template: the Jinja text, from `template.CHAT_TEMPLATE`.
         """
-        backend = self._build_backend()
-        backend.save(str(folder / "tokenizer.json"))
+        # Not `backend.save`: what it raises when the disk is full is no OSError.
+        text = self._build_backend().to_str(pretty=True)
+        (folder / "tokenizer.json").write_text(text, encoding="utf-8")
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": "<|endoftext|>",

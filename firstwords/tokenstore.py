@@ -18,9 +18,11 @@ from pathlib import Path
 
 import numpy as np
 
+from firstwords.atomic import hash_file
 from firstwords.errors import BadData, MissingInput
 
 FORMAT = "firstwords-tokens-1"
+CHECKED_BYTES = 1 << 30  # hashed in about a second
 _DTYPES = {"<u2": np.dtype("<u2"), "<u4": np.dtype("<u4")}
 
 
@@ -111,6 +113,19 @@ def open_store(folder: Path, split: str) -> TokenStore:
             f"{path}: {len(tokens)} tokens, but corpus.json says {counts['tokens']}; prepare it anew"
         )
     return TokenStore(tokens, counts["sha256"])
+
+
+def check_content(folder: Path, split: str) -> None:
+    """Read a split of up to `CHECKED_BYTES` through, and compare it with the sha256 in `corpus.json`.
+
+    Raises:
+        BadData: when a byte is another one than was written.
+    """
+    path, meta = folder / f"{split}.bin", read_corpus(folder)
+    if meta and path.stat().st_size <= CHECKED_BYTES:
+        counts, _ = _find_counts(meta, split, folder)
+        if hash_file(path) != counts["sha256"]:
+            raise BadData(f"{path}: is not what was written, by its sha256 in corpus.json; prepare it anew")
 
 
 def _find_counts(meta: dict, split: str, folder: Path) -> tuple[dict, np.dtype]:
