@@ -227,7 +227,7 @@ def prune(run_dir: Path, *, keep: int, verified: dict[Path, tuple]) -> None:
 
     Args:
         verified: stamps of the checkpoints whose bytes this process has hashed. Where the stamp is the same,
-            nobody has written there since, and 1.5 GB of a 124M run are not read again at each save (1.3 s,
+            nobody has written there since, and 1.5 GB of a 124M run are not read again at each save (1.2 s,
             measured). A disk that changes bytes by itself is seen when the run is gone on with, where every
             byte is read. The others are read here, and added.
     """
