@@ -95,11 +95,16 @@ def write_result(row: str, result: dict, settings: dict) -> None:
         "settings": settings,
         "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
         "machine": describe_machine(),
-        "command": " ".join(["python", *sys.orig_argv[1:]]),
+        "command": " ".join(["python", *map(_cut_folder, sys.orig_argv[1:])]),
         "date": datetime.date.today().isoformat(),
     }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{row}.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _cut_folder(word: str) -> str:
+    # Where the files lay is this machine's affair.
+    return Path(word).name if word.startswith("/") else word
 
 
 def describe_machine() -> str:
