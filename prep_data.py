@@ -425,10 +425,7 @@ def print_summary(out_dir: Path, report: dict) -> None:
     for split, counts in report["splits"].items():
         shown = f"{counts['conversations']:,} conversations, {counts['tokens']:,} tokens"
         table.append((split, shown))
-    if len(report["datasets"]) > 1 or report["datasets"][0]["weight"] != 1:
-        for drawn in report["datasets"]:
-            shown = f"weight {drawn['weight']:g}, {drawn['kept']:,} rows, {drawn['tokens']:,} tokens"
-            table.append((drawn["dataset"], shown))
+    table += prep.list_mix(report["datasets"], "kept", "rows")
     print(f"{out_dir}\n{prep.format_table(table)}")
 
 

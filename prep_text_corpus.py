@@ -513,12 +513,7 @@ def print_summary(out_dir: Path, report: dict) -> None:
     rows = [*list_documents(report), *list_tokens(report)]
     for split, counts in report["splits"].items():
         rows.append((split, f"{counts['documents']:,} documents, {counts['tokens']:,} tokens"))
-    if len(report["datasets"]) > 1 or report["datasets"][0]["weight"] != 1:
-        for drawn in report["datasets"]:
-            shown = (
-                f"weight {drawn['weight']:g}, {drawn['documents']:,} documents, {drawn['tokens']:,} tokens"
-            )
-            rows.append((drawn["dataset"], shown))
+    rows += prep.list_mix(report["datasets"], "documents", "documents")
     print(f"{out_dir}\n{prep.format_table(rows)}")
 
 

@@ -298,6 +298,21 @@ def seal_folder(staging: Path, out_dir: Path, report_name: str, report: dict) ->
     (staging / report_name).write_text(format_json(report), encoding="utf-8")
 
 
+def list_mix(datasets: list[dict], key: str, noun: str) -> list[tuple[str, str]]:
+    """Return a line for each dataset of a mix, none for a single one that is taken as it is.
+
+    Args:
+        datasets: of a report.
+        key, noun: what is counted beside the tokens: its key there, and its name for people.
+    """
+    if [drawn["weight"] for drawn in datasets] == [1]:
+        return []
+    return [
+        (drawn["dataset"], f"weight {drawn['weight']:g}, {drawn[key]:,} {noun}, {drawn['tokens']:,} tokens")
+        for drawn in datasets
+    ]
+
+
 def format_table(rows: Iterable[tuple[str, object]]) -> str:
     """Return two columns as text: labels, and values with thousands separated."""
     shown = [(mask_control(label), f"{v:,}" if isinstance(v, int) else str(v)) for label, v in rows]
