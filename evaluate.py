@@ -210,7 +210,7 @@ def compare(args) -> None:
         MissingInput: when one of them is no run.
         BadData: after all was written, when a file of theirs is broken.
     """
-    from firstwords.report import compare_runs
+    from firstwords.compare import compare_runs
 
     first, second = args.compare
     text, page, broken = compare_runs((first, second))

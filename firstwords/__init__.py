@@ -39,9 +39,11 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     6  repl         lines of a chat: questions and commands
     6  health       fixed prompts -> whether replies end, repeat, keep their role
     6  samples      a prompt -> what is said; the file in which one watches it learn
+    6  figures      a run folder -> its sentence, its figures, its warnings
     6  tasks        the tests that papers report -> scores
     7  terminal     the prompt of a chat on a terminal
     7  trainer      the Trainer subclass and its callbacks
-    7  report       a run folder -> report.html, report.md; two runs side by side
+    7  report       a run folder -> report.html, report.md
+    7  compare      two run folders -> what differs, and what came of it
     7  monitor      a run in progress -> rates, samples, health, tests
 """

@@ -1,33 +1,28 @@
 """A run folder -> `report.html` and `report.md`: what was trained on what, what it cost, what came of it.
 
     write_report(Path("runs/chat"))     ->  what could not be read, a line each
-    compare_runs(Path("runs/a"), Path("runs/b"))
 
 One file, no script, nothing from outside. Invariant: every number comes from a file of the run or its data,
 named beside it; a part whose file is missing says so, and the rest stands.
 """
 
-import ast
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from firstwords import atomic
-from firstwords.history import Curve, Run, read_parent, read_run
+from firstwords.figures import Figure, describe_run, find_median, list_figures, list_warnings
+from firstwords.history import Run, read_parent, read_run
 from firstwords.pages import (
     escape_text,
-    format_count,
-    format_duration,
     format_grid,
     format_html_table,
     format_page,
     format_table,
     list_broken,
 )
-from firstwords.plot import Line, draw_bars, draw_lines, format_tick
+from firstwords.plot import Line, draw_bars, draw_lines
 from firstwords.samples import parse_samples
-from firstwords.schema import mask_control
 
 # What others measured, and where it stands. Zero-shot, as lm-eval asks, unless said otherwise.
 PUBLISHED = {
@@ -49,8 +44,6 @@ PUBLISHED = {
         ("GPT-2 1542M", {"acc": 0.6324}, "Radford et al. 2019, table 3; asked in another way than lm-eval's"),
     ),
 }
-# More passes than this teach little more of repeated text (Muennighoff et al. 2023, section 6).
-MANY_EPOCHS = 4
 
 
 @dataclass(frozen=True)
@@ -61,15 +54,6 @@ class Section:
     html: str
     markdown: str
     sources: str
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A number of the head: what it is, how it reads, and where it stands."""
-
-    name: str
-    shown: str
-    source: str
 
 
 def write_report(folder: Path) -> list[str]:
@@ -96,172 +80,6 @@ def write_report(folder: Path) -> list[str]:
     atomic.write_text(folder / "report.html", format_html(run, figures, warnings, sections, failed))
     atomic.write_text(folder / "report.md", format_markdown(run, figures, warnings, sections, failed))
     return failed
-
-
-# --- the head
-
-
-def describe_run(run: Run) -> str:
-    """Say in one or two sentences what this run is."""
-    shape = ast.literal_eval(run.manifest.get("compare", {}).get("shape", "{}"))
-    size = f" of {run.num_weights:,} weights" if run.num_weights else ""
-    if shape:
-        size += f" ({shape['n_layer']} layers, {shape['n_embd']} wide)"
-    parent = run.manifest.get("parent")
-    begun = (
-        f"the weights of {parent['from']} (step {parent.get('step', '?')})" if parent else "random weights"
-    )
-    stage = "conversations" if run.is_chat else "text"
-    text = f"A GPT-2{size}, trained from {begun} on the {stage} in {run.manifest.get('data_dir', '?')}"
-    steps = run.manifest.get("step", run.curve("train/loss").steps[-1:] or 0)
-    text += f": {steps:,} steps" if isinstance(steps, int) else ""
-    if run.seconds:
-        text += f" in {format_duration(run.seconds)} on {run.flags.get('device', '?')}"
-    if not run.is_complete:
-        text += f". It has not reached its end ({run.manifest.get('max_steps', '?')} steps) yet"
-    return text + "."
-
-
-def list_figures(run: Run) -> list[Figure]:
-    """Return the numbers of the head; what no file tells is left out."""
-    figures: list[Figure] = []
-
-    def add(name: str, value, form: Callable, source: str) -> None:
-        if value is not None:
-            figures.append(Figure(name, form(value), source))
-
-    measured, events = run.evaluation, "runs/events*"
-    add("tokens trained on", run.manifest.get("tokens_seen"), format_count, "manifest.json: tokens_seen")
-    add("epochs", run.last("train/epoch"), "{:.2f}".format, f"{events}: train/epoch")
-    add("time", run.seconds or None, format_duration, f"{events}: wall time of {run.lives} lives")
-    add("tokens per second", _middle(run.curve("train/tokens_per_second")), format_count, f"{events}, median")
-    share = _middle(run.curve("train/share_of_matmul"))
-    add("of the matmul rate", share, "{:.0%}".format, f"{events}: train/share_of_matmul")
-    memory = run.curve("train/peak_memory_gb")
-    add(
-        "peak memory", max(memory.values) if memory else None, "{:.2f} GB".format, f"{events}: peak_memory_gb"
-    )
-    energy = run.curve("train/energy_wh")
-    add("energy", sum(energy.values) if energy else None, "{:,.1f} Wh".format, f"{events}: train/energy_wh")
-    add("val loss", run.last("eval/loss"), "{:.4f}".format, f"{events}: eval/loss")
-    bits = run.last("eval/bits_per_byte")
-    add("val bits per byte", bits, "{:.4f}".format, f"{events}: eval/bits_per_byte")
-    trigram = measured.get("baselines", {}).get("trigram", {}).get("bits_per_byte")
-    add("trigram's, to beat", trigram, "{:.4f}".format, "evaluation.json: baselines")
-    add("answers exact", measured.get("exact_match"), "{:.1%}".format, "evaluation.json: exact_match")
-    stop, where = find_stop_rate(run)
-    add("replies that end", stop, "{:.1%}".format, f"{where}: stop_rate")
-    if not energy:
-        figures.append(Figure("energy", "not measured", "NVML tells it of NVIDIA's GPUs alone"))
-    return figures
-
-
-def find_stop_rate(run: Run) -> tuple[float | None, str]:
-    """Return the share of replies that end by themselves, over the most replies, and its file."""
-    measured = run.evaluation
-    if "stop_rate" in measured:
-        return measured["stop_rate"], "evaluation.json"
-    if measured.get("health"):
-        return measured["health"]["stop_rate"], "evaluation.json: health"
-    return run.last("health/stop_rate"), "runs/events*: health"
-
-
-def list_warnings(run: Run, parent: Run | None = None) -> list[str]:
-    """Say in plain words what a person should look at before trusting the run."""
-    warnings = []
-    epochs = run.last("train/epoch")
-    if epochs and epochs > MANY_EPOCHS:
-        warnings.append(
-            f"The data were read {epochs:.1f} times. Beyond {MANY_EPOCHS} passes repeated text teaches "
-            "little (Muennighoff et al. 2023), and a small set is learned by heart: take more data, or "
-            "fewer steps."
-        )
-    warnings += _warn_of_losses(run, parent) + _warn_of_replies(run) + _warn_of_data(run)
-    if _met_nan(run):
-        warnings.append("A loss or gradient was NaN or infinite on the way; train.log says when. Lower --lr.")
-    if not run.is_complete:
-        warnings.append("The run has not reached its last step: the learning rate had not come down yet.")
-    return warnings
-
-
-def _warn_of_losses(run: Run, parent: Run | None) -> list[str]:
-    warnings = []
-    val, train = run.curve("eval/loss"), run.curve("train/loss")
-    if val and min(val.values) * 1.05 < val.values[-1]:
-        best = val.steps[val.values.index(min(val.values))]
-        warnings.append(
-            f"The val loss has risen from {min(val.values):.3f} at step {best} to {val.values[-1]:.3f}: from "
-            "there on the run learned its data by heart. Stop earlier, or give it more data."
-        )
-    if val and train and val.values[-1] > 1.3 * train.values[-1] and val.values[-1] - train.values[-1] > 0.05:
-        warnings.append(
-            f"The val loss ({val.values[-1]:.3f}) stands well above the training loss "
-            f"({train.values[-1]:.3f}): what was learned holds less for what is new."
-        )
-    baseline = run.evaluation.get("baselines", {}).get("trigram", {}).get("bits_per_byte")
-    found = run.evaluation.get("bits_per_byte")
-    if baseline and found and found >= baseline:
-        warnings.append(
-            f"The model ({found:.3f} bits per byte) does not beat counting three tokens ({baseline:.3f})."
-        )
-    kept = run.curve("eval/kept_text_loss")
-    before = (parent and parent.last("eval/loss")) or (kept and kept.values[0])
-    if kept and kept.values[-1] > 1.1 * before:
-        warnings.append(
-            f"It forgets: on stage A's text the loss rose from {before:.2f} to "
-            f"{kept.values[-1]:.2f}. That is usual in a fine-tuning; a lower --lr, or text mixed into the "
-            "conversations, holds more."
-        )
-    return warnings
-
-
-def _warn_of_replies(run: Run) -> list[str]:
-    warnings = []
-    stop, _ = find_stop_rate(run)
-    if stop is not None and stop < 0.95:
-        warnings.append(f"Only {stop:.0%} of the replies end by themselves; is the end token learned?")
-    for tag, most, text in (
-        ("health/role_leak", 0.0, "open another's turn within the reply"),
-        ("health/repeat_4gram", 0.05, "go round in circles (a run of four tokens three times)"),
-        ("health/empty", 0.0, "are empty"),
-    ):
-        share = run.last(tag)
-        if share is not None and share > most:
-            warnings.append(f"{share:.0%} of the replies {text}.")
-    return warnings
-
-
-def _warn_of_data(run: Run) -> list[str]:
-    warnings = []
-    rows = run.data.get("rows") or run.data.get("documents") or {}
-    rejected = sum(rows.get("rejected", {}).values())
-    if rejected:
-        warnings.append(f"{rejected:,} of {rows['read']:,} rows were refused; rejects.jsonl lists them.")
-    dropped = sum(rows.get("dropped", {}).values())
-    if dropped:
-        warnings.append(f"{dropped:,} of {rows['read']:,} rows were dropped as too long for a row.")
-    train = run.data.get("splits", {}).get("train", {})
-    longer, seq_len = train.get("longer_than_seq_len", 0), run.data.get("seq_len")
-    if longer and run.data.get("overlong", "keep") == "keep":
-        kept = "cut" if run.flags.get("overlong") == "truncate" else "dropped"
-        warnings.append(f"{longer:,} conversations are longer than {seq_len} tokens and were {kept}.")
-    if run.data.get("on_both_sides"):
-        warnings.append(
-            f"{run.data['on_both_sides']:,} rows stand in train and val: the val loss is too good by that."
-        )
-    return warnings
-
-
-def _met_nan(run: Run) -> bool:
-    values = (value for curve in run.curves.values() for value in curve.values)
-    words = (" nan", " inf ", "not finite", "diverged")
-    return not all(map(math.isfinite, values)) or any(
-        word in line.lower() for line in run.log if not line.startswith("  ") for word in words
-    )
-
-
-def _middle(curve: Curve) -> float | None:
-    return sorted(curve.values)[len(curve.values) // 2] if curve else None
 
 
 # --- the parts
@@ -354,7 +172,9 @@ def build_rates(run: Run, parent: Run | None) -> Section | None:
     ]
     if not charts:
         return None
-    rows = [(title, f"{_middle(run.curve(tag)):.4g}") for tag, (title, _) in wanted.items() if run.curve(tag)]
+    rows = [
+        (title, f"{find_median(run.curve(tag)):.4g}") for tag, (title, _) in wanted.items() if run.curve(tag)
+    ]
     return Section(
         "Speed and steps", format_grid(charts), format_table(("", "median"), rows), "runs/events*: train/*"
     )
@@ -539,112 +359,6 @@ def _spread(items: list, count: int) -> list:
     if len(items) <= count:
         return items
     return [items[round(place * (len(items) - 1) / (count - 1))] for place in range(count)]
-
-
-# --- side by side
-
-
-def compare_runs(folders: tuple[Path, Path]) -> tuple[str, str, list[str]]:
-    """Lay two runs beside each other.
-
-    Returns:
-        text for a terminal, an HTML page, and what could not be read.
-
-    Raises:
-        MissingInput: when one of them is no run.
-    """
-    runs = [read_run(folder) for folder in folders]
-    differences, figures = list_differences(*runs), list_side_by_side(*runs)
-    head = ("", *(str(run.folder) for run in runs))
-    charts = []
-    for key, label in (("tokens", "tokens"), ("seconds", "minutes of training")):
-        for tag, title in (("eval/loss", "val loss"), ("train/loss", "train loss")):
-            lines = [
-                Line(run.folder.name, *along, style)
-                for style, run in enumerate(runs)
-                if (along := lay_along(run, tag, key))[0]
-            ]
-            if lines:
-                charts.append((f"{title} at equal {key}", draw_lines(lines, x_label=label)))
-    differ = [("what differs", *head[1:]), *(differences or [("flags and data", "the same", "the same")])]
-    text = f"{_align(differ)}\n\n{_align([head, *figures])}"
-    broken = [line for run in runs for line in run.broken]
-    body = (
-        f"<h1>{escape_text(runs[0].folder)} and {escape_text(runs[1].folder)}</h1>"
-        f"<section><h2>What differs</h2>{format_html_table(differ[0], differ[1:])}"
-        f'<p class="source">manifest.json of both</p></section>'
-        f"<section><h2>What came of it</h2>{format_html_table(head, figures)}"
-        f'<p class="source">runs/events* and evaluation.json of both</p></section>'
-        f"<section><h2>Curves</h2>{format_grid(charts)}</section>{list_broken(broken)}"
-    )
-    return text, format_page("Two runs", body), broken
-
-
-def list_differences(a: Run, b: Run) -> list[tuple[str, str, str]]:
-    """Return flags, data and versions that are not the same, with both values."""
-
-    def flatten(run: Run) -> dict[str, str]:
-        flags = {f"--{name}": value for name, value in run.flags.items()}
-        compare = run.manifest.get("compare", {})
-        kept = {
-            name: compare[name] for name in ("data", "tokenizer", "shape", "init_weights") if name in compare
-        }
-        versions = {f"version of {name}": v for name, v in run.manifest.get("versions", {}).items()}
-        return {**flags, **{name: str(value)[:60] for name, value in kept.items()}, **versions}
-
-    left, right = flatten(a), flatten(b)
-    names = list(dict.fromkeys([*left, *right]))
-    return [
-        (name, left.get(name, "not set"), right.get(name, "not set"))
-        for name in names
-        if left.get(name) != right.get(name)
-    ]
-
-
-def list_side_by_side(a: Run, b: Run) -> list[tuple[str, str, str]]:
-    """Return the figures of both heads, and the val loss at as many tokens and as much time as both have."""
-    left, right = ({figure.name: figure.shown for figure in list_figures(run)} for run in (a, b))
-    rows = [(name, left.get(name, "-"), right.get(name, "-")) for name in dict.fromkeys([*left, *right])]
-    for key, name in (("tokens", "tokens"), ("seconds", "minutes")):
-        both = [lay_along(run, "eval/loss", key) for run in (a, b)]
-        if all(xs for xs, _ in both):
-            most = min(xs[-1] for xs, _ in both)
-            found = [read_at(xs, ys, most) for xs, ys in both]
-            shown = ["not yet measured" if value is None else f"{value:.4f}" for value in found]
-            rows.append((f"val loss at {format_tick(most)} {name}", *shown))
-    return rows
-
-
-def lay_along(run: Run, tag: str, key: str) -> tuple[list[float], list[float]]:
-    """Return a curve over the tokens that were trained on, or over minutes of training."""
-    curve = run.curve(tag)
-    if key == "seconds":
-        return [seconds / 60 for seconds in curve.seconds], list(curve.values)
-    tokens = run.curve(f"{tag.partition('/')[0]}/tokens_seen")
-    seen = dict(zip(tokens.steps, tokens.values, strict=True))
-    pairs = [
-        (seen[step], value) for step, value in zip(curve.steps, curve.values, strict=True) if step in seen
-    ]
-    return [x for x, _ in pairs], [y for _, y in pairs]
-
-
-def read_at(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
-    """Return the height of a curve at `x`, straight between its points; None where it has not begun."""
-    if not xs or x < xs[0]:
-        return None
-    after = next((place for place, value in enumerate(xs) if value >= x), len(xs) - 1)
-    if after == 0 or xs[after] == xs[after - 1]:
-        return ys[after]
-    share = min((x - xs[after - 1]) / (xs[after] - xs[after - 1]), 1.0)
-    return ys[after - 1] + share * (ys[after] - ys[after - 1])
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(mask_control(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
 
 
 # --- both forms

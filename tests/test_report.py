@@ -11,9 +11,11 @@ from tiny import build_flags, invent_talks, run_script, talk, write_chats, write
 
 import evaluate
 import train
+from firstwords.compare import lay_along, read_at
+from firstwords.figures import list_figures, list_warnings
 from firstwords.history import find_cut, read_run
 from firstwords.plot import Line, draw_bars, draw_lines
-from firstwords.report import lay_along, list_figures, list_warnings, read_at, write_report
+from firstwords.report import write_report
 
 
 @pytest.fixture(scope="module")
