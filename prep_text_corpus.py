@@ -48,7 +48,7 @@ from firstwords.corpus import (
 from firstwords.errors import BadData, BadFlag, IOFailed, MissingInput
 from firstwords.hashes import count_distinct, sort_hashes
 from firstwords.pages import format_html_table, format_sections
-from firstwords.parts import Work, finish_work, make_parts, open_work, sweep_work
+from firstwords.parts import Work, finish_work, make_parts, open_work, start_server, sweep_work
 from firstwords.plot import draw_bars, draw_shares
 from firstwords.schema import RowError
 from firstwords.sources import (
@@ -139,6 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     for dataset in args.dataset:
         prep.refuse_out_dir_inside(dataset.name, args.out_dir)
     made_by = {"command": describe_flags(args)}
+    if args.num_proc > 1:
+        start_server(EncodeJob)
     tokenizer = None
     if not learns_from_text(args.tokenizer):
         tokenizer = build_tokenizer(args.tokenizer, ())
@@ -185,9 +187,13 @@ def work_through(
         print(f"{args.out_dir}: unfinished work had other {work.changed}; starting anew", file=sys.stderr)
     elif not work.is_empty():
         print(f"{args.out_dir}: going on with unfinished work", file=sys.stderr)
-    with ThreadPoolExecutor(1) as beside, stage_folder(args.out_dir, overwrite=True) as staging:
+    with stage_folder(args.out_dir, overwrite=True) as staging, ThreadPoolExecutor(2) as beside:
         sources = beside.submit(corpus.describe)
+        tokenizer = tokenizer or learn_tokenizer(corpus, args.tokenizer, work)
+        # A second for GPT-2's, whose merges have to be found; the processes are not yet there.
+        saved = beside.submit(tokenizer.save, staging, chat_template=CHAT_TEMPLATE)
         report = prepare(corpus, tokenizer, args, work, staging)
+        saved.result()
         corpus.check_unchanged()
         report |= made_by | {"sources": sources.result()}
         if "refused" not in report:
@@ -196,15 +202,12 @@ def work_through(
     return report
 
 
-def prepare(
-    corpus: "Mix", tokenizer: Tokenizer | None, args: argparse.Namespace, work: Work, staging: Path
-) -> dict:
+def prepare(corpus: "Mix", tokenizer: Tokenizer, args: argparse.Namespace, work: Work, staging: Path) -> dict:
     """Fill the staging folder.
 
     Returns:
         the report; with `refused` when there are bad documents and `--skip_bad` is not given.
     """
-    tokenizer = tokenizer or learn_tokenizer(corpus, args.tokenizer, work)
     job = EncodeJob(tokenizer, args.seed)
     parts, owners = [], []
     with prep.Rejects(staging) as rejects:
@@ -231,7 +234,6 @@ def prepare(
     val_pct = args.val_pct or (VAL_PCT_SINGLE if survey.kept == 1 else VAL_PCT)
     datasets = corpus.describe_shares(owners, counts)
     splits = write_store(parts, survey, ascending, tokenizer, staging, val_pct)
-    tokenizer.save(staging, chat_template=CHAT_TEMPLATE)
     return report | {
         "dtype": tokenstore.choose_dtype(len(tokenizer)).str,
         "vocab_size": len(tokenizer),

@@ -21,6 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, islice
+from multiprocessing import forkserver
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import TypeVar
@@ -157,10 +158,21 @@ def make_part(job: Job, unit: Unit, part: Path) -> None:
             job(unit, staging)
 
 
+def start_server(job: Job | type) -> None:
+    """Start what starts the processes, unless it runs; the caller may do other things meanwhile.
+
+    Args:
+        job: of `make_parts`, or its class. What its module imports is imported once, by the server, and
+            not by each process: half a second each.
+    """
+    modules = [__name__, type(job).__module__, getattr(job, "__module__", __name__)]
+    multiprocessing.get_context("forkserver").set_forkserver_preload(modules)
+    forkserver.ensure_running()
+
+
 def _make_in_processes(job: Job, numbered, work: Work, num_proc: int) -> Iterator[Path]:
+    start_server(job)
     context = multiprocessing.get_context("forkserver")
-    # Imported once, by the server, and not by each process: half a second each.
-    context.set_forkserver_preload([__name__, type(job).__module__, getattr(job, "__module__", __name__)])
     pool = ProcessPoolExecutor(num_proc, context, initializer=_start_process, initargs=(job,))
     waiting = deque()
     try:

@@ -382,21 +382,25 @@ def _find_merges(vocabulary: list[bytes]) -> list[tuple[bytes, bytes]]:
     merges = []
     for rank, token in enumerate(vocabulary):
         if len(token) > 1:
-            left, right = _merge_below(token, ranks, rank)
-            merges.append((left, right))
+            merges.append(_merge_below(token, ranks, rank))
     return merges
 
 
-def _merge_below(token: bytes, ranks: dict[bytes, int], limit: int) -> list[bytes]:
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(a + b, limit) for a, b in zip(parts, parts[1:], strict=False)]
+def _merge_below(token: bytes, ranks: dict[bytes, int], limit: int) -> tuple[bytes, bytes]:
+    find, size = ranks.get, len(token)
+    ends = list(range(size + 1))  # part i is token[ends[i] : ends[i + 1]]
+    pairs = [find(token[i : i + 2], limit) for i in range(size - 1)]
+    while len(pairs) > 1:
         best = min(pairs)
-        if best == limit:
+        if best >= limit:
             raise Mismatch(f"token {limit} {token!r}: is not made by earlier merges; train a BPE anew")
         place = pairs.index(best)
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
-    return parts
+        del ends[place + 1], pairs[place]
+        if place < len(pairs):
+            pairs[place] = find(token[ends[place] : ends[place + 2]], limit)
+        if place:
+            pairs[place - 1] = find(token[ends[place - 1] : ends[place + 1]], limit)
+    return token[: ends[1]], token[ends[1] :]
 
 
 def _cut_blanks(text: str) -> list[str]:
@@ -414,7 +418,7 @@ def _build_byte_alphabet() -> dict[int, str]:
 
 
 def _printable(token: bytes) -> str:
-    return "".join(_BYTE_TO_CHARACTER[byte] for byte in token)
+    return token.decode("latin-1").translate(_BYTE_TO_CHARACTER)
 
 
 _BYTE_TO_CHARACTER = _build_byte_alphabet()
