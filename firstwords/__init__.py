@@ -24,6 +24,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     3  model        configuration -> GPT2LMHeadModel, and its loss
     3  optimizer    Muon and AdamW as one
     4  dataset      prepared data -> rows of tensors
+    4  memory       a shape and a batch -> the bytes that training takes
     4  checkpoint   CONTRACT: the checkpoint folder and the run folder
     4  generate     prompt ids -> reply ids
     5  preflight    what a run could not save in the end, refused before it begins
