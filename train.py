@@ -35,7 +35,7 @@ from firstwords.errors import (
     Stopped,
     suggest,
 )
-from firstwords.signals import StopWish
+from firstwords.signals import STOP, StopWish
 
 MODELS = Path(__file__).parent / "configs" / "models"
 
@@ -117,6 +117,8 @@ def check_flags(flags: TrainFlags) -> None:
         least = 2 if name == "seq_len" else 1
         if getattr(flags, name) < least:
             raise BadFlag(f"--{name}: is {getattr(flags, name)}; give {least} or more")
+    if flags.hours is not None:
+        check_hours(flags)
     if not flags.lr > 0:
         raise BadFlag(f"--lr: is {flags.lr}; give a number above 0")
     counts = ("eval_steps", "seed", "max_rollbacks")
@@ -124,6 +126,23 @@ def check_flags(flags: TrainFlags) -> None:
         value = getattr(flags, name)
         if value is not None and not value >= 0:
             raise BadFlag(f"--{name}: is {value}; give 0 or more")
+
+
+def check_hours(flags: TrainFlags) -> None:
+    """Refuse what cannot be told by the clock.
+
+    Raises:
+        BadFlag: for hours that are none, or a part of the schedule that is counted in steps.
+    """
+    if not 0 < flags.hours < 1e6:
+        raise BadFlag(f"--hours: is {flags.hours}; give hours of training, more than 0")
+    counted = ("warmup_steps", "decay_steps") if "decay" in flags.lr_scheduler_type else ("warmup_steps",)
+    for name in counted:
+        if getattr(flags, name) >= 1:
+            raise BadFlag(
+                f"--{name}: is {getattr(flags, name):g} steps, but --hours does not know how many there will "
+                "be; give a share below 1"
+            )
 
 
 def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ...]) -> None:
@@ -151,8 +170,9 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ..
     max_steps = trainer.count_steps(flags, train_set.rows_per_epoch, world_size)
     data = {"data": train_set.hash, "val_data": val_set.hash}
     meta = build_meta(flags, extra, model.config, train_set, data, tokenizer, parent, max_steps, world_size)
-    resumed = find_resumed(flags, meta.fixed)
-    if checkpoint.read_step(resumed) >= max_steps:
+    pace = build_pace(flags, max_steps)
+    resumed = find_resumed(flags, meta.fixed, pace)
+    if checkpoint.read_step(resumed) >= pace.find_end(checkpoint.read_step(resumed)):
         close_run(flags, resumed)
         return
     check_disk(flags, model, max_steps)
@@ -166,6 +186,7 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ..
         collate=collate,
         optimizer_cls_and_kwargs=trainer.choose_optimizer(flags),
         skipped=skipped or read_skipped(resumed),
+        pace=pace,
     )
     log = add_callbacks(run, flags, tokenizer, first_step=checkpoint.read_step(resumed))
     run.add_callback(trainer.StopOnSignal(wish))
@@ -353,7 +374,6 @@ def build_meta(flags, extra, config, train_set, data, tokenizer, parent, max_ste
     versions = {name: version(name) for name in PACKAGES}
     fixed = {
         "format": "firstwords-checkpoint-1",
-        "max_steps": max_steps,
         "longest_row": max(train_set.longest_row, parent.get("longest_row", 0)),
         "tokenizer_hash": tokenizer.hash,
         "data_dir": str(flags.data_dir),
@@ -376,8 +396,15 @@ def read_sources(data_dir: Path) -> list[dict]:
     return []
 
 
-def find_resumed(flags: TrainFlags, fixed: dict) -> Path | None:
-    """Return the checkpoint to go on from, or None for a fresh run.
+def build_pace(flags: TrainFlags, max_steps: int):
+    """Return what ends the run, by its flags."""
+    from firstwords.pace import Pace
+
+    return Pace(max_steps, decay_steps=flags.decay_steps, min_lr_ratio=flags.min_lr_ratio, hours=flags.hours)
+
+
+def find_resumed(flags: TrainFlags, fixed: dict, pace) -> Path | None:
+    """Return the checkpoint to go on from, whose place in the run `pace` takes, or None for a fresh run.
 
     Raises:
         CannotCreate: when the folder is used and `--resume no` was given.
@@ -397,16 +424,19 @@ def find_resumed(flags: TrainFlags, fixed: dict) -> Path | None:
         folder, passed_over = checkpoint.find_resumable(flags.model_dir)
         for reason in passed_over:
             print_line(f"passed over: {reason}", sys.stderr)
-    if folder is not None:
-        theirs = checkpoint.read_manifest(folder)["compare"]
-        if checkpoint.read_step(folder) >= fixed["max_steps"]:  # nothing will be computed
-            theirs = theirs | {name: fixed["compare"][name] for name in PACKAGES}
-        compare_runs(flags, theirs, fixed["compare"])
-        checkpoint.set_aside(flags.model_dir, checkpoint.read_step(folder))
-    if folder == flags.model_dir and checkpoint.read_step(folder) < fixed["max_steps"]:
+    if folder is None:
+        return None
+    manifest, step = checkpoint.read_manifest(folder), checkpoint.read_step(folder)
+    pace.resume(manifest)
+    theirs, end = manifest["compare"], pace.find_end(step)
+    if step >= end:  # nothing will be computed
+        theirs = theirs | {name: fixed["compare"][name] for name in PACKAGES}
+    compare_runs(flags, theirs, fixed["compare"])
+    checkpoint.set_aside(flags.model_dir, step)
+    if folder == flags.model_dir and step < end:
         raise Mismatch(
-            f"--max_steps {fixed['max_steps']}: the run in {folder} is finished at step "
-            f"{checkpoint.read_step(folder)}; begin another with --init_model_dir {folder}"
+            f"--max_steps {end}: the run in {folder} is finished at step {step}; begin another with "
+            f"--init_model_dir {folder}"
         )
     return folder
 
@@ -430,6 +460,7 @@ def add_callbacks(run, flags: TrainFlags, tokenizer, *, first_step: int):
     """Attach all that watches over the run, in the order in which it hears of things; return the log."""
     from firstwords import monitor, samples, trainer
     from firstwords.health import read_checks
+    from firstwords.pace import KeepPace
 
     reporters = monitor.parse_report_to(flags.report_to)
     items = read_eval_items(flags)
@@ -445,6 +476,7 @@ def add_callbacks(run, flags: TrainFlags, tokenizer, *, first_step: int):
     log.writer = monitor.Writers(
         log.writer, *(monitor.Reporter(name, flags.model_dir, config) for name in reporters)
     )
+    run.add_callback(KeepPace(run.pace, flags.model_dir, log.say))
     run.add_callback(trainer.PendingLoss(run))
     run.add_callback(trainer.LastStep())
     run.add_callback(trainer.Throughput(run))
@@ -545,11 +577,12 @@ def read_prompts(flags: TrainFlags) -> list[str]:
 def announce(log, flags: TrainFlags, run, resumed: Path | None) -> None:
     """Say what this run is, before the first step."""
     data, arguments = run.train_dataset, run.args
+    steps = f"{arguments.max_steps} steps" if flags.hours is None else f"{flags.hours:g} hours, steps"
+    epochs = f"{len(data) / data.rows_per_epoch:.2f} epochs of " if flags.hours is None else ""
     log.say(
         f"{flags.model_dir}: {run.model.num_parameters():,} parameters on {arguments.device}"
-        f"{', bf16' if arguments.bf16 else ''}; {arguments.max_steps} steps of "
-        f"{run.meta.tokens_per_step:,.0f} tokens, {len(data) / data.rows_per_epoch:.2f} epochs of "
-        f"{data.rows_per_epoch:,} rows"
+        f"{', bf16' if arguments.bf16 else ''}; {steps} of "
+        f"{run.meta.tokens_per_step:,.0f} tokens, {epochs}{data.rows_per_epoch:,} rows"
     )
     if getattr(data, "num_overlong", 0):
         log.say(
@@ -567,14 +600,17 @@ def finish(run, flags: TrainFlags, log, wish: StopWish) -> None:
         Stopped: when a signal ended the run before its last step.
     """
     from firstwords import checkpoint
+    from firstwords.pace import COOLDOWN
 
     step = run.state.global_step
-    if step < run.args.max_steps:
+    if step < run.state.max_steps:
         raise Stopped(
-            f"{flags.model_dir}: stopped by {wish.received.name} and saved at step {step} of "
-            f"{run.args.max_steps}; the same command goes on"
+            f"{flags.model_dir}: stopped by {wish.reason} and saved at step {step} of "
+            f"{run.state.max_steps}; the same command goes on"
         )
     checkpoint.publish_final(checkpoint.list_checkpoints(flags.model_dir)[0], flags.model_dir)
+    for name in (STOP, COOLDOWN):  # that came when the last step was being done
+        (flags.model_dir / name).unlink(missing_ok=True)
     log.say(f"{flags.model_dir}: finished, {run.tokens_seen:,} tokens in {step} steps")
 
 

@@ -7,7 +7,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     0  hashes       contents -> 8-byte hashes, sorted on disk: copies, the split
     0  near         texts -> how many are nearly one of others
     0  tokenstore   CONTRACT: the token store of stage A
-    0  signals      a signal -> a wish to stop
+    0  signals      a signal or the file STOP -> a wish to stop
     0  parts        units of work -> parts on disk, in processes, gone on with after a kill
     1  pages        texts and numbers -> the parts of HTML and Markdown
     1  pydocs       the embedded corpus: the documentation of the installed Python
@@ -27,6 +27,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     4  memory       a shape and a batch -> the bytes that training takes
     4  checkpoint   CONTRACT: the checkpoint folder and the run folder
     4  generate     prompt ids -> reply ids
+    5  pace         steps, hours or a cooldown -> the last step, and the rate on the way
     5  preflight    what a run could not save in the end, refused before it begins
     5  session      ChatSession: text in, text out
     5  llamacpp     model -> GGUF, and Ollama's Modelfile

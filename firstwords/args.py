@@ -152,6 +152,7 @@ class TrainFlags:
     warmup_steps: float = _flag(0.02, "optimizer steps of warm-up; below 1 a share of --max_steps")
     max_steps: int = _flag(None, "optimizer steps in all")
     epochs: float = _flag(None, "passes over the data, instead of --max_steps")
+    hours: float = _flag(None, "hours of training, instead of --max_steps; the schedule ends with them")
     weight_decay: float = _flag(0.1, "on matrices and embeddings; never on norms and biases")
     bf16: bool = _flag(False, "compute in bfloat16 (an error where the device cannot)")
     log_steps: int = _flag(20, "optimizer steps between lines in train.log")

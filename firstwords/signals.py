@@ -1,9 +1,9 @@
-"""Signals -> a wish to stop, met where stopping loses nothing.
+"""Signals, and the file STOP -> a wish to stop, met where stopping loses nothing.
 
     wish = StopWish(Path("runs/chat"))    # SIGTERM, SIGINT and SIGHUP are caught from here on
     ...                                   # start-up: a signal ends it at once, there is nothing to save
     wish.defer()
-    ...                                   # training: `wish.received` says what came; the step goes on
+    ...                                   # training: `wish.reason` says what came; the step goes on
 
 A second SIGINT stops at once, whatever is going on. Invariant: a signal that the process was started to
 ignore (`nohup` does that to SIGHUP) stays ignored.
@@ -15,17 +15,20 @@ from pathlib import Path
 from firstwords.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+STOP = "STOP"
 
 
 class StopWish:
-    """What the signals asked for.
+    """What was asked for.
 
     Attributes:
         received: the last signal, None before the first.
+        reason: what was found at the last look, in a word: `SIGTERM`, `STOP`; None before.
     """
 
     def __init__(self, run_dir: Path):
         self.received: signal.Signals | None = None
+        self.reason: str | None = None
         self._run_dir, self._is_deferred = run_dir, False
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -42,6 +45,16 @@ class StopWish:
                 f"{self._run_dir}: stopped by {self.received.name} before the first step, nothing is lost; "
                 "the same command goes on"
             )
+
+    def look(self) -> str | None:
+        """Return what asks for a stop: a signal, or `touch <run>/STOP`; that file goes, it is obeyed."""
+        path = self._run_dir / STOP
+        if self.received:
+            self.reason = self.received.name
+        elif path.exists():
+            path.unlink(missing_ok=True)
+            self.reason = STOP
+        return self.reason
 
     def _receive(self, number, frame) -> None:
         if number == signal.SIGINT and self.received:

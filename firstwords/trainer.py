@@ -39,20 +39,21 @@ from firstwords.args import TrainFlags, print_line
 from firstwords.errors import BadBatch, BadFlag, Diverged, IOFailed
 from firstwords.loss import evaluate_loss
 from firstwords.optimizer import MuonAdamWFactory
+from firstwords.pace import HORIZON, Pace, agree
 from firstwords.schema import mask_control
 from firstwords.signals import StopWish
 from firstwords.tokenizer import Tokenizer
 
 
 def count_steps(flags: TrainFlags, rows_per_epoch: int, world_size: int) -> int:
-    """Return the optimizer steps of the run, from `--max_steps` or `--epochs`.
+    """Return the optimizer steps of the run, from `--max_steps` or `--epochs`; `HORIZON` with `--hours`.
 
     Raises:
-        BadFlag: when both or neither are given.
+        BadFlag: unless one of the three is given.
     """
-    if (flags.max_steps is None) == (flags.epochs is None):
-        raise BadFlag("--max_steps: give either --max_steps or --epochs")
-    steps = flags.max_steps
+    if [flags.max_steps, flags.epochs, flags.hours].count(None) != 2:
+        raise BadFlag("--max_steps: give either --max_steps or --epochs or --hours")
+    steps = HORIZON if flags.hours is not None else flags.max_steps
     if steps is None:
         steps = math.ceil(flags.epochs * rows_per_epoch / rows_per_step(flags, world_size))
     if steps < 1:
@@ -79,6 +80,10 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
     """
     if "bnb" in flags.optim and find_spec("bitsandbytes") is None:
         raise BadFlag(f"--optim {flags.optim}: bitsandbytes is not installed; pip install bitsandbytes")
+    if flags.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        raise BadFlag(
+            f"--lr_scheduler_type {flags.lr_scheduler_type}: is no function of the step; use cosine"
+        )
     if extra.get("save_only_model"):
         raise BadFlag("--save_only_model: such a run could not be gone on with; leave it out")
     for name in ("load_best_model_at_end", "metric_for_best_model"):
@@ -209,6 +214,7 @@ class RunTrainer(transformers.Trainer):
         collate: rows -> batch, from `dataset`.
         optimizer_cls_and_kwargs: from `choose_optimizer`.
         skipped: batches that are left out, see `RunSampler`.
+        pace: what ends the run, when it is not `args.max_steps` alone.
     """
 
     def __init__(
@@ -223,6 +229,7 @@ class RunTrainer(transformers.Trainer):
         collate,
         optimizer_cls_and_kwargs=None,
         skipped: tuple[int, ...] = (),
+        pace: Pace | None = None,
     ):
         train_set.num_rows = (
             args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -238,6 +245,7 @@ class RunTrainer(transformers.Trainer):
         )
         self.remove_callback(PrinterCallback)
         self.tokenizer, self.meta = tokenizer, meta
+        self.pace = pace or Pace(args.max_steps)
         self.rates: dict[str, float] = {}
         self.warn = print_warning
         rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -291,8 +299,15 @@ class RunTrainer(transformers.Trainer):
     @property
     def epochs_seen(self) -> float:
         """Passes over the training data, as a number with a fraction."""
-        rows = self.state.global_step * len(self.train_dataset) / self.args.max_steps
-        return rows / self.train_dataset.rows_per_epoch
+        return self.state.global_step * self.sampler.rows_per_step / self.train_dataset.rows_per_epoch
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Return the schedule of the flags, bent by the pace of the run."""
+        is_new = self.lr_scheduler is None
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        if is_new:
+            scheduler.lr_lambdas = [self.pace.bend(base) for base in scheduler.lr_lambdas]
+        return scheduler
 
     def _init_training_state(self, max_steps, *args):
         begin = super()._init_training_state(max_steps, *args)
@@ -356,7 +371,7 @@ class RunTrainer(transformers.Trainer):
 
     def _report_failed_save(self, why: str) -> None:
         """Warn the first time, when there is a next save to try it again; else raise `IOFailed`."""
-        is_last = self.control.should_training_stop or self.state.global_step >= self.args.max_steps
+        is_last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
         if is_last or self._has_failed_to_save:
             raise IOFailed(
                 f"{self.args.output_dir}: saving failed ({why}); free some space and run again"
@@ -374,8 +389,8 @@ class RunTrainer(transformers.Trainer):
         for path in folder.iterdir():
             path.chmod(0o644)
         place = {"step": self.state.global_step, "tokens_seen": self.tokens_seen}
-        place["skipped"] = list(self.sampler.skipped)
-        checkpoint.write_manifest(folder, {**place, **self.meta.fixed})
+        place |= {"max_steps": self.state.max_steps, "skipped": list(self.sampler.skipped)}
+        checkpoint.write_manifest(folder, {**place, **self.pace.describe(), **self.meta.fixed})
         checkpoint.publish(folder, run_dir, keep=self.meta.save_total_limit, verified=self._verified)
 
 
@@ -385,14 +400,15 @@ def print_warning(text: str) -> None:
 
 
 class StopOnSignal(TrainerCallback):
-    """SIGTERM, SIGINT and SIGHUP: finish the step, save, stop."""
+    """SIGTERM, SIGINT, SIGHUP and `touch <run>/STOP`: finish the step, save, stop."""
 
     def __init__(self, wish: StopWish):
         self.wish = wish
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ask Trainer for a save and a stop: here, between two steps, resuming is exact."""
-        if self.wish.received:
+        self.wish.reason = agree(self.wish.look() if state.is_world_process_zero else None)
+        if self.wish.reason:
             control.should_save = control.should_training_stop = True
         return control
 
@@ -552,6 +568,7 @@ class RunLog(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Move the bar."""
         if self._bar is not None:
+            self._bar.total = state.max_steps
             self._on_bar(lambda bar: bar.update(state.global_step - bar.n))
 
     def on_log(self, args, state, control, logs=None, **kwargs):

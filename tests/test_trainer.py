@@ -9,7 +9,7 @@ import signal
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import BYTES, build_flags, build_trainer, invent_talks, run_script, talk, write_chats, write_config
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerState
 
 import train
 from firstwords import trainer
@@ -299,9 +299,10 @@ def test_a_signal_asks_for_a_save_and_a_stop(handlers, tmp_path, number):
     class Control:
         should_save = should_training_stop = False
 
-    assert not StopOnSignal(wish).on_step_end(None, None, Control()).should_training_stop
+    state = TrainerState(is_world_process_zero=True)
+    assert not StopOnSignal(wish).on_step_end(None, state, Control()).should_training_stop
     signal.raise_signal(number)
-    control = StopOnSignal(wish).on_step_end(None, None, Control())
+    control = StopOnSignal(wish).on_step_end(None, state, Control())
     assert control.should_save
     assert control.should_training_stop
 
