@@ -301,8 +301,8 @@ def open_model(flags: TrainFlags, tokenizer):
     else:
         folder = checkpoint.find_init(Path(flags.init_model_dir))
     model = checkpoint.load_model(folder)
-    parent = check_parent(folder, model, tokenizer)
-    grow_vocabulary(model, tokenizer)
+    parent = check_parent(flags.init_model_dir, folder, model, tokenizer)
+    grow_vocabulary(model, tokenizer, seed=flags.seed)
     set_generation(model, tokenizer)
     return model, parent
 
@@ -321,8 +321,12 @@ def find_config(cfg: Path) -> Path:
     raise MissingInput(f"--cfg {cfg}: is no file and no name in configs/models; {near}")
 
 
-def check_parent(folder: Path, model, tokenizer) -> dict:
+def check_parent(name: str, folder: Path, model, tokenizer) -> dict:
     """Return the parent's part of the manifest.
+
+    Args:
+        name: what `--init_model_dir` said.
+        folder: where that is.
 
     Raises:
         Mismatch: when the parent's tokenizer is another one than the data's.
@@ -333,12 +337,12 @@ def check_parent(folder: Path, model, tokenizer) -> dict:
     theirs = load_tokenizer(folder)
     if theirs.hash != tokenizer.hash:
         raise Mismatch(
-            f"--init_model_dir {folder}: its tokenizer ({len(theirs)} tokens, {theirs.hash[:8]}) is not "
-            f"the data's ({len(tokenizer)}, {tokenizer.hash[:8]}); prepare the data with --tokenizer {folder}"
+            f"--init_model_dir {name}: its tokenizer ({len(theirs)} tokens, {theirs.hash[:8]}) is not "
+            f"the data's ({len(tokenizer)}, {tokenizer.hash[:8]}); prepare the data with --tokenizer {name}"
         )
     manifest = checkpoint.read_manifest(folder)
     if not manifest:
-        print_line(f"{folder}: has no manifest, its files were not verified", sys.stdout)
+        print_line(f"{name}: has no manifest, its files were not verified", sys.stdout)
         return {"longest_row": model.config.n_positions, "weights": "not verified"}
     return {
         "step": manifest["step"],

@@ -24,13 +24,15 @@ from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerBase
 
 from firstwords import atomic
 from firstwords.errors import Damaged, IOFailed, Mismatch, MissingInput, suggest
+from firstwords.hub import download_files
 from firstwords.model import CONFIG_KEYS, GPT2LMHeadModel
 from firstwords.template import CHAT_TEMPLATE
-from firstwords.tokenizer import Tokenizer
+from firstwords.tokenizer import TOKENIZER_FILES, Tokenizer
 
 logger = logging.getLogger(__name__)
 
 MANIFEST, COMPLETE = "manifest.json", "COMPLETE"
+WEIGHTS = "model.safetensors"
 
 # The longest configuration or manifest that is read; ours have a few thousand bytes.
 JSON_BYTES = 1 << 20
@@ -342,19 +344,17 @@ def download_model(repo_id: str, *, flag: str = "--init_model_dir") -> Path:
         flag: which asked for it, for the error.
 
     Raises:
-        MissingInput: when it cannot be reached, or has no safetensors.
+        BadFlag, MissingInput: as `hub.download_files`; and when it has no safetensors.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-    try:
-        folder = snapshot_download(repo_id, allow_patterns=["config.json", "model.safetensors", "tokenizer*"])
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise MissingInput(
-            f"{flag} hub:{repo_id}: neither cached nor reachable ({type(error).__name__}); "
-            "download it elsewhere and name the folder"
-        ) from None
-    return Path(folder)
+    folder = download_files(
+        repo_id,
+        (WEIGHTS, "config.json", *TOKENIZER_FILES),
+        asked_by=f"{flag} hub:{repo_id}",
+        otherwise="download it elsewhere and name the folder",
+    )
+    if not (folder / WEIGHTS).is_file():
+        raise MissingInput(f"{flag} hub:{repo_id}: has no {WEIGHTS}; {_tell_conversion(repo_id)}")
+    return folder
 
 
 def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
@@ -373,7 +373,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> GPT2LMHea
         Mismatch: when the weights are not those of the configuration.
     """
     config = _read_model_config(folder)
-    weights = _read_weights(folder / "model.safetensors")
+    weights = _read_weights(folder / WEIGHTS)
     _check_sizes(folder, config, weights)
     # Neither the folder nor its name reaches Hugging Face's loader, which would act on what else may lie
     # there: adapters, shards, generation settings. attn_implementation is named here, so that no name in
@@ -412,14 +412,23 @@ def build_twin(tokenizer: Tokenizer) -> PreTrainedTokenizerBase:
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
-        raise MissingInput(
-            f"{path.parent}: has no model.safetensors; pickled weights are never loaded, convert them first"
-        )
+        raise MissingInput(f"{path.parent}: has no {WEIGHTS}; {_tell_conversion(path.parent)}")
     try:
         weights = load_file(path)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise Damaged(f"{path}: the weights cannot be read ({_first_line(error)})") from None
+    if "lm_head.weight" in weights and not weights.keys() & {"wte.weight", "transformer.wte.weight"}:
+        # A file holds shared weights once, and the converters disagree about under which name.
+        weights["transformer.wte.weight"] = weights["lm_head.weight"]
     return {name: tensor for name, tensor in weights.items() if not name.endswith(_BUFFERS)}
+
+
+def _tell_conversion(name: str | Path) -> str:
+    code = (
+        f"n, to = {str(name)!r}, 'converted'; from transformers import AutoTokenizer, GPT2LMHeadModel; "
+        "[kind.from_pretrained(n).save_pretrained(to) for kind in (AutoTokenizer, GPT2LMHeadModel)]"
+    )
+    return f'pickled weights are never loaded, convert them first: python -c "{code}"'
 
 
 def _check_sizes(folder: Path, config: GPT2Config, weights: dict[str, torch.Tensor]) -> None:

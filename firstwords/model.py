@@ -147,19 +147,27 @@ def set_generation(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
     )
 
 
-def grow_vocabulary(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
+def grow_vocabulary(model: GPT2LMHeadModel, tokenizer: Tokenizer, *, seed: int) -> None:
     """Add the rows that a plain GPT-2 lacks for the control tokens; the old rows stay as they are.
 
-    New rows are drawn like fresh weights: Hugging Face's own resizing gives all of them nearly the same
-    mean vector, from which the role tokens part only slowly.
+    New rows are drawn like the old ones, around their mean and along the directions in which they differ
+    (Hewitt 2021, "Initializing New Word Embeddings for Pretrained Language Models"), at half the distance.
+    Rows like fresh weights will not do: all logits of GPT-2 lie far below zero, where such a row's would
+    lie, so that a new token would be likelier than all words together. Hugging Face's own resizing gives
+    all of them nearly the same vector, from which the role tokens part only slowly.
     """
     old = model.config.vocab_size
     if old >= tokenizer.vocab_size_padded:
         return
     model.resize_token_embeddings(tokenizer.vocab_size_padded, mean_resizing=False)
+    generator = torch.Generator().manual_seed(seed)
+    tables = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     with torch.no_grad():
-        rows = model.transformer.wte.weight[old:]
-        rows.normal_(mean=0.0, std=model.config.initializer_range)
+        for table in tables[:1] if tables[0] is tables[1] else tables:
+            mean = table[:old].mean(0)
+            # Sums of the old rows' differences from the mean, by lot, have their covariance.
+            lots = torch.randn(len(table) - old, old, generator=generator) / old**0.5
+            table[old:] = mean + lots @ (table[:old] - mean) / 2
 
 
 def quiet_transformers() -> None:

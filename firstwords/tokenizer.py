@@ -23,6 +23,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from firstwords.errors import BadData, BadFlag, Mismatch, MissingInput, suggest
+from firstwords.hub import download_files
 
 ROLES = ("system", "user", "assistant")
 CONTROL_TOKENS = ("<|endoftext|>", *(f"<|{role}|>" for role in ROLES), "<|end|>", "<|pad|>")
@@ -34,6 +35,8 @@ BYTE_LEVEL, CHARACTERS = "byte-level BPE", "characters"
 # the commoner of the two may come first: that is 8 % faster than GPT-2's order.
 WORD_PATTERN = r""" ?\p{L}+|'(?:[sdmt]|ll|ve|re)| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s++$|\s+(?!\S)|\s+"""
 
+# The files of a GPT-2's tokenizer: the first alone, or of folders older than it the other two.
+TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 # The longest `tokenizer.json` or `.tiktoken` that is read; GPT-2's have 3.5 and 0.8 million bytes.
 TOKENIZER_BYTES = 1 << 26
 
@@ -207,8 +210,7 @@ def build_tokenizer(spec: str, texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer that `--tokenizer` asks for.
 
     Args:
-        spec: `gpt2`, `bpe:N` (N tokens, the control tokens among them), `char`, a `.tiktoken` file or
-            a folder with `tokenizer.json`.
+        spec: `bpe:N` (N tokens, the control tokens among them), `char`, or what `load_tokenizer` takes.
         texts: what `bpe:N` and `char` learn from; not touched otherwise.
 
     Raises:
@@ -258,48 +260,76 @@ def build_char(texts: Iterable[str]) -> Tokenizer:
 
 
 def load_tokenizer(name: str | Path) -> Tokenizer:
-    """Load from a folder with `tokenizer.json`, from a `.tiktoken` file, or `gpt2` from the Hub.
+    """Load from a folder with the files of a tokenizer, from a `.tiktoken` file, or from the Hub.
+
+    Args:
+        name: a path, `hub:<id>` of a GPT-2, or `gpt2`, which is short for `hub:gpt2`.
 
     Raises:
         MissingInput: when nothing is there.
         Mismatch: when the file is no byte-level BPE of GPT-2's kind and no character vocabulary of ours.
     """
     path = Path(name)
+    if str(name).startswith("hub:"):
+        return _read_folder(_download(str(name)))
     if path.is_dir():
-        if not (path / "tokenizer.json").is_file():
-            raise MissingInput(f"{path}: holds no tokenizer.json; name a folder that a prep script wrote")
-        return _read_tokenizer_json(path / "tokenizer.json")
+        return _read_folder(path)
     if path.is_file() and path.suffix == ".tiktoken":
         return _read_tiktoken(path)
     if str(name) == "gpt2":
-        return _read_tokenizer_json(_download_gpt2())
+        return _read_folder(_download("gpt2"))
     words = ["gpt2", "bpe:4096", "char"] if path.parent == Path() else []
     near = suggest(path.name, words + [p.name for p in path.parent.glob("*")])
     raise MissingInput(
-        f"--tokenizer {name}: is no folder, no .tiktoken file and none of gpt2, bpe:N, char; {near}"
+        f"--tokenizer {name}: is no folder, no .tiktoken file and none of gpt2, hub:<id>, bpe:N, char; {near}"
     )
 
 
-def _download_gpt2() -> Path:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+def _download(name: str) -> Path:
+    return download_files(
+        name.removeprefix("hub:"),
+        TOKENIZER_FILES,
+        asked_by=f"--tokenizer {name}",
+        otherwise="give a gpt2.tiktoken file or bpe:4096 instead",
+    )
 
-    try:
-        return Path(hf_hub_download("openai-community/gpt2", "tokenizer.json"))
-    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, OSError) as error:
-        raise MissingInput(
-            "--tokenizer gpt2: neither in the cache nor reachable on the Hub "
-            f"({type(error).__name__}); give a gpt2.tiktoken file or bpe:4096 instead"
-        ) from None
+
+def _read_folder(folder: Path) -> Tokenizer:
+    tokenizer_json, vocab, merges = (folder / name for name in TOKENIZER_FILES)
+    if tokenizer_json.is_file():
+        return _read_tokenizer_json(tokenizer_json)
+    if vocab.is_file() and merges.is_file():
+        return _read_vocab_and_merges(vocab, merges)
+    raise MissingInput(
+        f"{folder}: holds no tokenizer.json, nor a vocab.json with its merges.txt; name a folder that a prep "
+        "script wrote, or one of a GPT-2"
+    )
 
 
 def _read_tokenizer_json(path: Path) -> Tokenizer:
     try:
-        if path.stat().st_size > TOKENIZER_BYTES:
-            raise ValueError
-        return _parse_tokenizer_json(json.loads(path.read_text(encoding="utf-8")), path)
+        return _parse_tokenizer_json(json.loads(_read_text(path)), path)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Mismatch(f"{path}: is no tokenizer of Hugging Face's kind; write it anew") from None
+
+
+def _read_vocab_and_merges(vocab: Path, merges: Path) -> Tokenizer:
+    """Read the two files in which OpenAI published GPT-2's tokenizer; the first line of merges names it."""
+    try:
+        ids, lines = json.loads(_read_text(vocab)), _read_text(merges).split("\n")
+        added = [{"content": token, "id": ids[token]} for token in CONTROL_TOKENS if token in ids]
+        pairs = [line for line in lines if line and not line.startswith("#version")]
+        model = {"type": "BPE", "vocab": ids, "merges": pairs}
+        spec = {"model": model, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": added}
+        return _parse_tokenizer_json(spec, vocab)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Mismatch(f"{vocab}: is with {merges.name} no tokenizer of GPT-2's kind; get both anew") from None
+
+
+def _read_text(path: Path) -> str:
+    if path.stat().st_size > TOKENIZER_BYTES:
+        raise ValueError
+    return path.read_text(encoding="utf-8")
 
 
 def _parse_tokenizer_json(spec: dict, path: Path) -> Tokenizer:

@@ -1,5 +1,6 @@
 """The model: its configuration, its loss without the shortcut, and a vocabulary that grows."""
 
+import copy
 import json
 
 import pytest
@@ -168,7 +169,7 @@ def test_growing_keeps_the_old_rows_and_logits(plain):
     ids = torch.arange(40).reshape(2, 20)
     with torch.no_grad():
         weights, logits = plain.lm_head.weight.clone(), plain(input_ids=ids).logits
-        grow_vocabulary(plain, WORDS)
+        grow_vocabulary(plain, WORDS, seed=0)
         grown = plain(input_ids=ids).logits
     assert plain.config.vocab_size == WORDS.vocab_size_padded == 384
     assert plain.lm_head.weight is plain.transformer.wte.weight
@@ -176,28 +177,72 @@ def test_growing_keeps_the_old_rows_and_logits(plain):
     assert torch.equal(grown[..., :257], logits)
 
 
-def check_new_rows(grow, model):
-    """The new rows differ from one another as fresh weights do, and none stands out."""
+def find_new_rows(grow, model):
+    """Return the new rows less the mean of the old ones, in units of the old ones' distance from it."""
     old = model.config.vocab_size
     grow(model)
-    rows = model.transformer.wte.weight[old:].detach()
-    assert float(rows.std()) == pytest.approx(model.config.initializer_range, rel=0.1)
+    table = model.lm_head.weight.detach()
+    mean = table[:old].mean(0)
+    return (table[old:] - mean) / (table[:old] - mean).norm(dim=-1).mean()
+
+
+def check_new_rows(grow, model):
+    """The new rows lie around the mean of the old ones, nearer than those, and apart from one another."""
+    rows = find_new_rows(grow, model)
+    distances = rows.norm(dim=-1)
+    assert float(distances.mean()) == pytest.approx(0.5, abs=0.1)
+    assert float(distances.max()) < 1
     likeness = functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
     assert float((likeness - torch.eye(len(rows))).abs().max()) < 0.9
 
 
-def test_new_rows_are_distinct(plain):
-    check_new_rows(lambda model: grow_vocabulary(model, WORDS), plain)
+def shift_rows(model):
+    """Move all rows by the same vector, as those of the published GPT-2 are."""
+    with torch.no_grad():
+        model.transformer.wte.weight += 0.2 * torch.randn(model.config.n_embd)
+    return model
 
 
-def test_new_rows_of_hugging_face_s_resizing_are_not(plain):
+def test_new_rows_are_near_the_mean_and_distinct(plain):
+    check_new_rows(lambda model: grow_vocabulary(model, WORDS, seed=0), shift_rows(plain))
+
+
+def grow_with_fresh_rows(model):
+    old = model.config.vocab_size
+    model.resize_token_embeddings(384, mean_resizing=False)
+    with torch.no_grad():
+        model.lm_head.weight[old:].normal_(std=model.config.initializer_range)
+
+
+@pytest.mark.parametrize(
+    "grow", [lambda model: model.resize_token_embeddings(384, mean_resizing=True), grow_with_fresh_rows]
+)
+def test_new_rows_of_other_ways_are_not(plain, grow):
     with pytest.raises(AssertionError):
-        check_new_rows(lambda model: model.resize_token_embeddings(384, mean_resizing=True), plain)
+        check_new_rows(grow, shift_rows(plain))
+
+
+def test_new_rows_follow_the_seed_alone(plain):
+    def grow(seed):
+        model = copy.deepcopy(plain)
+        grow_vocabulary(model, WORDS, seed=seed)
+        return model.lm_head.weight
+
+    assert torch.equal(grow(0), grow(0))
+    assert not torch.equal(grow(0), grow(1))
+
+
+def test_new_rows_of_an_untied_head_are_like_the_old_ones_too():
+    config = transformers.GPT2Config(vocab_size=257, tie_word_embeddings=False, **SHAPE)
+    model = shift_rows(GPT2LMHeadModel(config))
+    check_new_rows(lambda model: grow_vocabulary(model, WORDS, seed=0), model)
+    rows, old = model.transformer.wte.weight.detach(), model.transformer.wte.weight[:257].detach()
+    assert float((rows[257:] - old.mean(0)).norm(dim=-1).max()) < float((old - old.mean(0)).norm(dim=-1).max())
 
 
 def test_a_vocabulary_that_is_large_enough_stays(model):
     before = model.lm_head.weight
-    grow_vocabulary(model, BYTES)
+    grow_vocabulary(model, BYTES, seed=0)
     assert model.lm_head.weight is before
 
 

@@ -456,13 +456,18 @@ def test_gpt2_has_the_published_ids():
 # --- names
 
 
-def test_gpt2_is_looked_for_on_the_hub_alone(tokenizer, tmp_path, monkeypatch):
-    path = edit_json(tokenizer, tmp_path, make_legacy) / "tokenizer.json"
-    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *names: {HUB: path}[names])
-    assert load_tokenizer("gpt2").hash == tokenizer.hash
+@pytest.mark.parametrize("name", ["gpt2", "hub:gpt2", "hub:openai-community/gpt2"])
+def test_gpt2_is_looked_for_on_the_hub_alone(tokenizer, tmp_path, monkeypatch, name):
+    asked = []
 
+    def download(repo_id, *, allow_patterns):
+        asked.append((repo_id, *allow_patterns))
+        return str(tmp_path)
 
-HUB = ("openai-community/gpt2", "tokenizer.json")
+    edit_json(tokenizer, tmp_path, make_legacy)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert load_tokenizer(name).hash == tokenizer.hash
+    assert asked == [("openai-community/gpt2", "tokenizer.json", "vocab.json", "merges.txt")]
 
 
 @pytest.mark.parametrize("offline", [True, False])
@@ -472,14 +477,14 @@ def test_gpt2_without_network_is_one_line(monkeypatch, tmp_path, offline):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between its attempts
-    with pytest.raises(MissingInput, match="--tokenizer gpt2: neither in the cache nor reachable") as caught:
+    with pytest.raises(MissingInput, match="--tokenizer gpt2: neither cached nor reachable") as caught:
         load_tokenizer("gpt2")
     assert "\n" not in str(caught.value)
     assert "gpt2.tiktoken" in str(caught.value)
 
 
 def test_a_mistyped_path_is_never_a_download(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr(tokenizer_module, "_download_gpt2", lambda: pytest.fail("went to the Hub"))
+    monkeypatch.setattr(tokenizer_module, "download_files", lambda *_, **__: pytest.fail("went to the Hub"))
     monkeypatch.chdir(tmp_path)
     save(tokenizer, tmp_path / "pydocs")
     (tmp_path / "notes.txt").write_text("x")
