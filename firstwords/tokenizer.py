@@ -323,7 +323,7 @@ def _read_vocab_and_merges(vocab: Path, merges: Path) -> Tokenizer:
         spec = {"model": model, "pre_tokenizer": {"type": "ByteLevel"}, "added_tokens": added}
         return _parse_tokenizer_json(spec, vocab)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise Mismatch(f"{vocab}: is with {merges.name} no tokenizer of GPT-2's kind; get both anew") from None
+        raise Mismatch(f"{vocab}: is with {merges.name} no tokenizer of GPT-2's; get both anew") from None
 
 
 def _read_text(path: Path) -> str:

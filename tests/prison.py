@@ -37,7 +37,7 @@ def init(folder):
 
     found = checkpoint.find_init(Path(folder))
     model = checkpoint.load_model(found)
-    return train.check_parent(found, model, load_tokenizer(found))["weights"]
+    return train.check_parent(str(found), found, model, load_tokenizer(found))["weights"]
 
 
 def export(folder):
