@@ -47,7 +47,7 @@ FREE_FLAGS = {
     *("data_dir", "model_dir", "init_model_dir", "recipe", "resume", "allow_change", "debug", "device"),
     *("cfg", "tokenizer", "log_steps", "save_steps", "eval_steps", "save_total_limit"),
     *("sample_prompts", "epochs", "max_steps", "keep_text", "eval_tasks", "hellaswag_data", "report_to"),
-    *("on_nan", "max_rollbacks"),
+    *("on_nan", "max_rollbacks", "attention"),
 }
 # Packages of which another version may compute another number.
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
@@ -157,6 +157,7 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ..
     from firstwords import checkpoint, trainer
     from firstwords.dataset import collate, open_train, open_val
     from firstwords.model import quiet_transformers
+    from firstwords.model.attention import check_attention
 
     quiet_transformers()
     flags.device = choose_device(flags)
@@ -164,6 +165,8 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ..
     options = {"assistant_only": flags.assistant_only_loss, "overlong": flags.overlong}
     model, parent = open_model(flags, tokenizer)
     check_context(flags, model)
+    check_attention(flags.attention, flags.device, flags.bf16, model.config.attn_pdrop)
+    model.attention = flags.attention
     train_set = open_train(flags.data_dir, tokenizer, flags.seq_len, seed=flags.seed, **options)
     val_set = open_val(flags.data_dir, tokenizer, flags.seq_len, **options)
     world_size = int(os.environ.get("WORLD_SIZE", 1))

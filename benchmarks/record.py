@@ -24,6 +24,7 @@ BEGIN, END = "<!-- table: made by benchmarks/record.py -->", "<!-- end of table 
 ROWS = {
     "train_cpu_vs_stock_fp32": "tokens/s of train.py over the plain Trainer (fp32, gelu_new, unpacked): 2.5",
     "train_cpu_vs_stock_bf16": "tokens/s of train.py --bf16 over the Trainer in bf16, padded to longest: 1.5",
+    "train_cpu_vs_nanogpt": "tokens/s of train.py over nanoGPT's train.py, its CPU shape, fp32: 1",
     "run_all_minutes": "run_all.sh after installation, 2 cores, minutes: at most 10 with avx512_bf16",
     "run_all_peak_gb": "peak memory of run_all.sh, GB: under 3",
     "exact_match": "held-out questions answered with the documented sentence (200 drawn): 0.95",
@@ -41,11 +42,21 @@ ROWS = {
     "prep_text_vs_nanogpt": "the same over nanoGPT's prepare.py: 1.2",
     "prep_text_vs_tiktoken": "the same over bare tiktoken, which reads and writes nothing: 0.9",
     "prep_text_memory_ratio": "peak memory of prep_text_corpus.py at 1 GB of text over that at 100 MB: 1.2",
-    "sft_vs_padded": "packed SFT, real tokens/s over the plain Trainer padded to 1024: 6 (GPU 8)",
-    "sft_vs_trl": "the same over TRL's SFTTrainer, batch 8, without gradient checkpointing: 2 (GPU 3)",
+    "sft_vs_padded": "packed SFT, real tokens/s over the plain Trainer padded to 1024: 6",
+    "sft_vs_trl": "the same over TRL's SFTTrainer at batch 8, without gradient checkpointing: 2",
     "sft_vs_trl_packing": "the same over TRL's packing: 1.3",
+    "sft_gpu_vs_padded": "on a GPU over the plain Trainer padded to 1024: 8",
+    "sft_gpu_vs_trl": "the same over TRL's SFTTrainer at batch 8: 3",
+    "sft_gpu_vs_trl_packing": "the same over TRL's packing: 1.3",
     "save_cost": "hashing, syncing and checking a save of 124M with AdamW, % of ten minutes: at most 0.5",
-    "train_gpu": "tokens/s on a GPU",
+    "train_gpu_124m_vs_published": "tokens/s, GPU, 124M, over the published setup on the Trainer: 3",
+    "train_gpu_355m_vs_published": "the same, 355M: 3",
+    "train_gpu_124m_vs_stock": "over the Trainer without checkpointing, fused AdamW: 2.4",
+    "train_gpu_355m_vs_stock": "the same, 355M: 2.4",
+    "train_gpu_124m_vs_nanogpt": "over nanoGPT's train.py, compiled: 1.15",
+    "train_gpu_355m_vs_nanogpt": "the same, 355M: 1.15",
+    "train_gpu_124m_share": "% of the matrix rate measured beside, 124M: 60",
+    "train_gpu_355m_share": "the same, 355M: 60",
     "generate_cpu_fp32": "tokens/s of one stream, 124M, over transformers' generate in fp32, equal ids: 1.5",
     "generate_cpu_fp16": "the same with --dtype fp16: 3",
     "generate_cpu_bf16": "the same with --dtype bf16, on a CPU that computes in it: 3",
@@ -59,14 +70,25 @@ ROWS = {
 }
 
 
-def measure_pairs(a: Callable[[], float], b: Callable[[], float], pairs: int = 5) -> dict:
+def measure_pairs(
+    a: Callable[[], float], b: Callable[[], float], pairs: int = 5, *, kept: Path | None = None
+) -> dict:
     """Run A B A B ... and return every figure and the ratio of each pair.
 
     Args:
         a, b: each runs one side once and returns its figure (larger is better, tokens per second).
         pairs: at least five.
+        kept: a file that holds the pairs measured so far; another run goes on from it. Removed at the end.
     """
-    return summarise_pairs([(a(), b()) for _ in range(pairs)])
+    lines = kept.read_text().splitlines() if kept and kept.is_file() else []
+    measured = [tuple(json.loads(line)) for line in lines]
+    while len(measured) < pairs:
+        measured.append((a(), b()))
+        if kept:
+            kept.write_text("".join(f"{json.dumps(pair)}\n" for pair in measured))
+    if kept:
+        kept.unlink()
+    return summarise_pairs(measured)
 
 
 def summarise_pairs(measured: list[tuple[float, float]]) -> dict:

@@ -22,7 +22,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     3  show         prepared conversations -> what a person sees of them
     3  conversations  rows -> conversations and their tokens, in parts
     3  cluster      slices of files -> parts, as a step of datatrove on any machines
-    3  model        configuration -> GPT2LMHeadModel, and its loss
+    3  model        configuration -> GPT2LMHeadModel, packed attention, loss
     3  optimizer    Muon and AdamW as one
     4  dataset      prepared data -> rows of tensors
     4  memory       a shape and a batch -> the bytes that training takes

@@ -166,6 +166,11 @@ class TrainFlags:
     decay_steps: float = _flag(0.2, "of warmup_stable_decay: steps of decay; below 1 a share")
     min_lr_ratio: float = _flag(0.0, "where the schedule ends, as a share of --lr")
     tokenizer: str = _flag(None, "for bins without corpus.json: the tokenizer that made them")
+    attention: str = _flag(
+        "auto",
+        "within packed rows on a GPU: varlen (torch's), flash (flash-attn), dense (a mask)",
+        choices=["auto", "varlen", "flash", "dense"],
+    )
     device: str = _flag("auto", "where to train", choices=["auto", "cpu", "cuda", "mps"])
     seed: int = _flag(0, "of weights, data order and dropout")
     on_nan: str = _flag("stop", "at a NaN or infinity: stop, or go back", choices=["stop", "rollback"])

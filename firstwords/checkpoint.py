@@ -377,7 +377,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> GPT2LMHea
     _check_sizes(folder, config, weights)
     # Neither the folder nor its name reaches Hugging Face's loader, which would act on what else may lie
     # there: adapters, shards, generation settings. attn_implementation is named here, so that no name in
-    # config.json can reach a kernel loader.
+    # config.json can reach a kernel loader; the model itself puts ours in its place.
     try:
         model, info = GPT2LMHeadModel.from_pretrained(
             None,

@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 
 from firstwords import tokenstore
 from firstwords.errors import BadData, BadFlag, Mismatch, MissingInput
-from firstwords.model import IGNORED
+from firstwords.model import IGNORED, find_learned
+from firstwords.model.attention import find_documents
 from firstwords.packing import choose_lengths, pack_rows
 from firstwords.tokenizer import Tokenizer
 
@@ -339,5 +340,13 @@ def find_chats(data_dir: Path, split: str) -> Path:
 
 
 def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack rows of (T,) into a batch of (B, T). No `attention_mask`: see `model.GPT2LMHeadModel`."""
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    """Stack rows of (T,) into a batch of (B, T), and say what a GPU would be waited for to find out.
+
+    That is `learned`, the places that a label follows, and of packed rows `documents`, where each begins; see
+    `model`. No `attention_mask`: see `model.GPT2LMHeadModel`.
+    """
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    batch["learned"] = find_learned(batch["labels"])
+    if "position_ids" in batch:
+        batch["documents"] = find_documents(batch["position_ids"])
+    return batch

@@ -126,11 +126,11 @@ def score_labels(model: GPT2LMHeadModel, batch: dict[str, torch.Tensor]) -> tupl
         nats (M,) float64 and hits (M,) bool, in the order of `labels[:, 1:][labels[:, 1:] != -100]`.
     """
     batch = {name: rows.to(model.device) for name, rows in batch.items()}
-    labels = batch.pop("labels")[:, 1:]
+    labels = batch["labels"][:, 1:]
     learned = labels != IGNORED
     # Nothing is predicted from the last token.
-    inputs = {name: rows[:, :-1] for name, rows in batch.items()}
-    hidden = model.transformer(**inputs, use_cache=False).last_hidden_state[learned]  # (M, d)
+    inputs = {name: batch[name][:, :-1] for name in ("input_ids", "position_ids") if name in batch}
+    hidden = model.compute_hidden(**inputs)[learned]  # (M, d)
     size = max(1, _LOGITS_AT_ONCE // model.config.vocab_size)
     nats, hits = [], []
     for part, targets in zip(hidden.split(size), labels[learned].split(size), strict=True):

@@ -25,7 +25,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch.utils.data import Sampler
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
@@ -84,6 +83,8 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
         raise BadFlag(
             f"--lr_scheduler_type {flags.lr_scheduler_type}: is no function of the step; use cosine"
         )
+    if extra.get("torch_compile"):
+        _check_compiler(flags.device, extra.get("torch_compile_backend") or "inductor")
     if extra.get("save_only_model"):
         raise BadFlag("--save_only_model: such a run could not be gone on with; leave it out")
     for name in ("load_best_model_at_end", "metric_for_best_model"):
@@ -118,6 +119,8 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
         "train_sampling_strategy": "sequential",
         # The filter would log NaN as the mean of what came before; RunTrainer stops on it instead.
         "logging_nan_inf_filter": False,
+        # Else each batch would wait for all that the GPU has still to do.
+        "accelerator_config": {"non_blocking": flags.device == "cuda"},
         "prediction_loss_only": True,
         "remove_unused_columns": False,
         "disable_tqdm": True,
@@ -126,9 +129,24 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
     if "lr_scheduler_kwargs" not in extra:
         ours |= _build_schedule(flags, max_steps)
     try:
-        return TrainingArguments(**ours | extra)
+        arguments = TrainingArguments(**ours | extra)
     except (ValueError, ImportError) as error:
         raise BadFlag(f"train.py: {str(error).splitlines()[0]}; see --help") from None
+    if arguments.n_gpu > 1:
+        raise BadFlag(
+            f"--device {flags.device}: {arguments.n_gpu} GPUs and one process; launch with torchrun "
+            "--nproc_per_node, or let it see one by CUDA_VISIBLE_DEVICES=0"
+        )
+    return arguments
+
+
+def _check_compiler(device: str, backend: str) -> None:
+    if backend != "inductor":
+        return
+    if device == "cuda" and find_spec("triton") is None:
+        raise BadFlag("--torch_compile: triton is not installed; pip install triton")
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise BadFlag("--torch_compile: there is no C++ compiler; apt-get install g++")
 
 
 def choose_optimizer(flags: TrainFlags) -> tuple[type, dict] | None:
@@ -328,8 +346,11 @@ class RunTrainer(transformers.Trainer):
         # Trainer asks for the norm just before the optimizer's step, whether it clips or not.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss = torch.stack([loss for _, loss in self._micro_batches]).sum()
-        if not math.isfinite(norm) or not math.isfinite(loss):
-            self._break_off(float(norm), float(loss))
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP shards it
+        # The only wait for the GPU in a step: both are read at once, and the weights wait for them.
+        values = torch.stack([torch.as_tensor(whole).to(loss), loss.detach()]).tolist()
+        if not all(map(math.isfinite, values)):
+            self._break_off(*values)
         self._micro_batches.clear()
         return norm
 
@@ -490,6 +511,9 @@ class EventWriter:
     """
 
     def __init__(self, folder: Path, purge_step: int):
+        # Here, so that benchmarks run where TensorBoard is not installed.
+        from torch.utils.tensorboard import SummaryWriter
+
         self._folder, self._writer = folder, SummaryWriter(str(folder), purge_step=purge_step)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
@@ -513,7 +537,7 @@ class EventWriter:
             do(self._writer)
         except OSError:
             with suppress(OSError):
-                self._writer = SummaryWriter(str(self._folder))
+                self._writer = type(self._writer)(str(self._folder))
 
 
 class RunLog(TrainerCallback):

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import transformers
+from torch.utils.tensorboard import SummaryWriter
 from transformers.trainer_utils import get_last_checkpoint
 
 from firstwords import atomic, checkpoint, dataset, signals, trainer
@@ -110,7 +111,7 @@ def model_in_place():
 def events_not_purged():
     """Write TensorBoard's events without a word about the steps that come again."""
     trainer.EventWriter.__init__ = lambda self, folder, purge_step: (
-        setattr(self, "_folder", folder) or setattr(self, "_writer", trainer.SummaryWriter(str(folder)))
+        setattr(self, "_folder", folder) or setattr(self, "_writer", SummaryWriter(str(folder)))
     )
 
 

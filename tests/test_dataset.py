@@ -336,5 +336,5 @@ def test_a_folder_that_is_not_there_or_holds_no_data(tmp_path):
 def test_a_batch_has_no_attention_mask(chats):
     dataset = PackedChats(chats, BYTES, 64, seed=0)
     batch = collate([dataset[0], dataset[1], dataset[2]])
-    assert set(batch) == {"input_ids", "labels", "position_ids"}
-    assert {tuple(rows.shape) for rows in batch.values()} == {(3, 64)}
+    assert set(batch) == {"input_ids", "labels", "position_ids", "documents", "learned"}
+    assert {tuple(batch[name].shape) for name in ("input_ids", "labels", "position_ids")} == {(3, 64)}

@@ -14,10 +14,14 @@ from firstwords.model import (
     IGNORED,
     GPT2LMHeadModel,
     build_model,
+    cross_entropy,
+    find_learned,
     grow_vocabulary,
     read_config,
     set_generation,
 )
+from firstwords.model.attention import find_documents
+from firstwords.model.cross_entropy import sum_cross_entropy
 from firstwords.tokenizer import BYTE_LEVEL, Tokenizer
 
 # 20 words more than bytes, so that the control tokens do not fit the 256 rows of a plain model of bytes.
@@ -94,7 +98,7 @@ def test_a_built_model_has_the_data_s_vocabulary_padded_and_its_special_ids(mode
     assert (config.bos_token_id, config.eos_token_id) == (BYTES.endoftext_id, BYTES.end_id)
     assert generation.eos_token_id == [BYTES.end_id, BYTES.endoftext_id]
     assert (generation.pad_token_id, config.pad_token_id) == (BYTES.pad_id, BYTES.pad_id)
-    assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == "firstwords"
 
 
 def test_the_same_seed_gives_the_same_weights(tmp_path):
@@ -148,6 +152,84 @@ def test_skipping_the_head_where_nothing_is_learned_keeps_the_gradients(model, b
     check_gradients(lambda model, batch: model(**batch).loss, model, batch)
     with pytest.raises(AssertionError):
         check_gradients(lambda model, batch: model(**batch, num_items_in_batch=19).loss, model, batch)
+
+
+def check_fused(hidden, head, targets, **options):
+    """Sum and gradients are those of torch's own cross-entropy over all logits at once."""
+    leaves = [tensor.clone().requires_grad_() for tensor in (hidden, head)]
+    found = sum_cross_entropy(*leaves, targets, **options)
+    logits = leaves[0] @ leaves[1].T
+    expected = functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    ours, theirs = (torch.autograd.grad(3 * total, leaves) for total in (found, expected))
+    for mine, stock in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, stock, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def scored():
+    """200 hidden states, a head of 300 words, targets of which every seventh is missing."""
+    draw = torch.Generator().manual_seed(3)
+    targets = torch.randint(0, 300, (200,), generator=draw)
+    targets[::7] = IGNORED
+    return torch.randn(200, 16, generator=draw), torch.randn(300, 16, generator=draw), targets
+
+
+@pytest.mark.parametrize("at_once", [1 << 25, 64 * 300, 130 * 300])
+def test_the_loss_in_pieces_is_the_loss_at_once(scored, monkeypatch, at_once):
+    monkeypatch.setitem(cross_entropy._AT_ONCE, "cpu", at_once)
+    check_fused(*scored)
+    hidden, head, targets = scored
+    monkeypatch.setattr(cross_entropy, "_compile_score", lambda: cross_entropy.score_fused)
+    check_fused(hidden, head, targets, compiled=True)
+
+
+def test_a_gradient_of_unlabelled_rows_is_seen(scored, monkeypatch):
+    def learn_all(logits, targets):
+        return score_piece(logits, targets.clamp(min=0))
+
+    score_piece = cross_entropy.score_piece
+    monkeypatch.setattr(cross_entropy, "score_piece", learn_all)
+    with pytest.raises(AssertionError):
+        check_fused(*scored)
+
+
+def test_a_token_that_the_model_rules_out_costs_a_finite_loss():
+    hidden, head = torch.tensor([[1.0, 0.0]]), torch.tensor([[300.0, 0.0], [-300.0, 0.0]])
+    check_fused(hidden, head, torch.tensor([1]))
+
+
+def test_under_autocast_the_logits_are_bfloat16_and_the_sum_is_not(scored):
+    hidden, head, targets = (tensor.clone() for tensor in scored)
+    leaves = [tensor.requires_grad_() for tensor in (hidden, head)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sum_cross_entropy(*leaves, targets)
+        logits = leaves[0] @ leaves[1].T
+        expected = functional.cross_entropy(logits.float(), targets, ignore_index=IGNORED, reduction="sum")
+    assert (found.dtype, logits.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    ours, theirs = (torch.autograd.grad(total, leaves) for total in (found, expected))
+    for mine, stock in zip(ours, theirs, strict=True):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine, stock, rtol=0.05, atol=0.05)
+
+
+def test_learned_places_are_filled_with_one_that_has_no_label():
+    labels = torch.full((2, 50), IGNORED)
+    labels[0, 3] = labels[1, 0] = labels[1, 49] = 5  # the label at 1, 0 follows nothing
+    found = find_learned(labels)
+    assert found[:2].tolist() == [2, 98]
+    assert found.shape == (64,)
+    assert set(found[2:].tolist()) == {49}
+    assert find_learned(torch.full((1, 9), IGNORED)).tolist() == [8] * 64
+
+
+def test_what_the_batch_already_says_changes_nothing(model, batch):
+    positions = torch.arange(12).remainder(5).expand(3, 12)
+    found = {"learned": find_learned(batch["labels"]), "documents": find_documents(positions)}
+    with torch.no_grad():
+        asked = model(**batch, position_ids=positions).loss
+        assert asked == model(**batch, **found, position_ids=positions).loss
 
 
 def test_saved_the_class_is_the_one_everybody_has(model, tmp_path):

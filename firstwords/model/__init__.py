@@ -13,14 +13,13 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch.nn import functional
 from transformers import GenerationConfig, GPT2Config
 from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 
 from firstwords.errors import BadFlag, MissingInput, suggest
+from firstwords.model import attention
+from firstwords.model.cross_entropy import IGNORED, find_learned, sum_learned
 from firstwords.tokenizer import Tokenizer
-
-IGNORED = -100
 
 # What a model configuration of ours may say. Everything else (sizes of the vocabulary, special ids, kernel
 # names, code to load) is decided elsewhere or not at all.
@@ -44,33 +43,70 @@ CONFIG_KEYS = (
 
 # The name stays, so that `architectures` in config.json names the class that everybody has.
 class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
-    """Hugging Face's model with a cheaper way to its loss; without `labels` nothing differs."""
+    """Hugging Face's model with cheaper ways to its loss; without `labels` nothing differs.
 
-    def forward(self, input_ids=None, labels=None, num_items_in_batch=None, **kwargs):
+    Attributes:
+        attention: how packed rows are attended to, what `--attention` takes.
+    """
+
+    def __init__(self, config: GPT2Config):
+        super().__init__(config)
+        self.attention = "auto"
+        config._attn_implementation = attention.NAME
+
+    def forward(
+        self,
+        input_ids=None,
+        labels=None,
+        num_items_in_batch=None,
+        documents=None,
+        learned=None,
+        **kwargs,
+    ):
         """Return the loss alone when there are labels, else what the parent returns.
 
-        Only positions that are followed by a label go through the head: the logits of the others would
-        be thrown away, and with assistant-only loss those are half of all or more.
+        Only positions that are followed by a label go through the head, a piece at a time.
 
         Args:
             input_ids: (B, T) int64.
             labels: (B, T) int64, unshifted; -100 where nothing is learned.
             num_items_in_batch: labels in the whole optimizer step, over all micro-batches and processes;
                 the loss is the sum divided by it. Without it, the mean over this batch.
+            documents, learned: what `find_documents` and `find_learned` return. Given by who laid the rows,
+                they cost no wait for the GPU; else they are found here.
             kwargs: `position_ids` (B, T) that restart with each conversation of a packed row. No
                 `attention_mask`: with it, or with a cache, Hugging Face would let packed
                 conversations see each other.
         """
         if labels is None:
             return super().forward(input_ids=input_ids, **kwargs)
-        kwargs["use_cache"] = False
-        hidden = self.transformer(input_ids=input_ids, **kwargs).last_hidden_state  # (B, T, d)
-        targets = labels[:, 1:]  # (B, T-1)
-        learned = targets != IGNORED
-        logits = self.lm_head(hidden[:, :-1][learned])  # (M, V)
-        total = functional.cross_entropy(logits.float(), targets[learned], reduction="sum")
-        count = learned.sum() if num_items_in_batch is None else num_items_in_batch
+        hidden = self.compute_hidden(input_ids, documents=documents, **kwargs)
+        learned = find_learned(labels) if learned is None else learned
+        compiled = torch.compiler.is_compiling()
+        total = sum_learned(hidden, self.lm_head.weight, labels, learned, compiled=compiled)
+        count = (labels[:, 1:] != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithCrossAttentions(loss=total / count)
+
+    def compute_hidden(self, input_ids, position_ids=None, documents=None, **kwargs) -> torch.Tensor:
+        """Return what the head sees, (B, T, d); arguments as of `forward`."""
+        if "attention_mask" not in kwargs:
+            if documents is None and position_ids is not None:
+                documents = attention.find_documents(position_ids)
+            kwargs |= self._describe_rows(documents, input_ids)
+        kwargs["use_cache"] = False
+        return self.transformer(input_ids, position_ids=position_ids, **kwargs).last_hidden_state
+
+    def _describe_rows(self, documents: torch.Tensor | None, input_ids: torch.Tensor) -> dict:
+        device = input_ids.device
+        if documents is None:
+            return {"attention_mask": attention.lay_documents(None, device)}
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.dtype
+        dropout = self.config.attn_pdrop if self.training else 0.0
+        way = attention.choose_way(self.attention, device.type, dtype, dropout)
+        if way == "dense":
+            return {"attention_mask": attention.mask_documents(documents, input_ids.shape)}
+        return {"attention_mask": attention.lay_documents(documents, device), "packed_by": way}
 
 
 def read_config(path: Path) -> dict:
@@ -128,7 +164,6 @@ def build_model(path: Path, tokenizer: Tokenizer, *, seed: int) -> GPT2LMHeadMod
             eos_token_id=tokenizer.end_id,
             pad_token_id=tokenizer.pad_id,
         )
-        config._attn_implementation = "sdpa"
         model = GPT2LMHeadModel(config)
     except (StrictDataclassError, ValueError, KeyError, RuntimeError) as error:
         why = " ".join(str(error).split())
