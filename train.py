@@ -47,7 +47,7 @@ FREE_FLAGS = {
     *("data_dir", "model_dir", "init_model_dir", "recipe", "resume", "allow_change", "debug", "device"),
     *("cfg", "tokenizer", "log_steps", "save_steps", "eval_steps", "save_total_limit"),
     *("sample_prompts", "epochs", "max_steps", "keep_text", "eval_tasks", "hellaswag_data", "report_to"),
-    *("on_nan", "max_rollbacks", "attention"),
+    *("on_nan", "max_rollbacks", "attention", "recompute"),
 }
 # Packages of which another version may compute another number.
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
@@ -158,6 +158,7 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ..
     from firstwords.dataset import collate, open_train, open_val
     from firstwords.model import quiet_transformers
     from firstwords.model.attention import check_attention
+    from firstwords.recompute import set_recompute
 
     quiet_transformers()
     flags.device = choose_device(flags)
@@ -167,6 +168,7 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ..
     check_context(flags, model)
     check_attention(flags.attention, flags.device, flags.bf16, model.config.attn_pdrop)
     model.attention = flags.attention
+    set_recompute(model, flags.recompute)
     train_set = open_train(flags.data_dir, tokenizer, flags.seq_len, seed=flags.seed, **options)
     val_set = open_val(flags.data_dir, tokenizer, flags.seq_len, **options)
     world_size = int(os.environ.get("WORLD_SIZE", 1))

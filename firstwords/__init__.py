@@ -24,6 +24,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     3  cluster      slices of files -> parts, as a step of datatrove on any machines
     3  model        configuration -> GPT2LMHeadModel, packed attention, loss
     3  optimizer    Muon and AdamW as one
+    3  recompute    a model -> one that keeps less for its backward pass
     4  dataset      prepared data -> rows of tensors
     4  memory       a shape and a batch -> the bytes that training takes
     4  checkpoint   CONTRACT: the checkpoint folder and the run folder

@@ -30,6 +30,8 @@ OUR_WORDS = {
     "train_sampling_strategy": "seed",
     "logging_nan_inf_filter": "debug",
     "auto_find_batch_size": "batch_size",
+    "gradient_checkpointing_kwargs": "recompute",
+    "activation_checkpointing_kwargs": "recompute",
     "save_strategy": "save_steps",
     "eval_strategy": "eval_steps",
 }
@@ -155,6 +157,12 @@ class TrainFlags:
     hours: float = _flag(None, "hours of training, instead of --max_steps; the schedule ends with them")
     weight_decay: float = _flag(0.1, "on matrices and embeddings; never on norms and biases")
     bf16: bool = _flag(False, "compute in bfloat16 (an error where the device cannot)")
+    recompute: str = _flag(
+        "none",
+        "what the backward pass computes again instead of keeping it: selective (norms, GELU, sums), "
+        "full (whole blocks)",
+        choices=["none", "selective", "full"],
+    )
     log_steps: int = _flag(20, "optimizer steps between lines in train.log")
     save_steps: int = _flag(500, "optimizer steps between checkpoints")
     eval_steps: int = _flag(None, "optimizer steps between evaluations; default --save_steps, 0 never")
@@ -234,7 +242,22 @@ def parse_train_args(argv: list[str], description: str = "") -> tuple[TrainFlags
     recipe = getattr(parser.parse_known_args(argv)[0], "recipe", None)
     words = [*(_recipe_words(recipe, parser) if recipe else []), *argv]
     values, extra = parser.parse_known_args(words)
-    return TrainFlags(**vars(values)), _parse_trainer_fields(extra, parser) if extra else {}
+    fields = _parse_trainer_fields(extra, parser) if extra else {}
+    _take_checkpointing(values, fields)
+    return TrainFlags(**vars(values)), fields
+
+
+def _take_checkpointing(values: argparse.Namespace, fields: dict) -> None:
+    # What Trainer calls checkpointing is a level of ours, and is done here alone.
+    for name in ("gradient_checkpointing", "activation_checkpointing"):
+        if name in fields:
+            value = fields.pop(name)
+            level = "full" if value else "none"
+            if getattr(values, "recompute", level) != level:
+                raise BadFlag(
+                    f"--{name}: {value} is --recompute {level}, not {values.recompute}; leave one out"
+                )
+            values.recompute = level
 
 
 def _recipe_words(path: Path, parser: Parser) -> list[str]:

@@ -220,20 +220,29 @@ def test_a_mistyped_recipe_is_suggested(tmp_path):
 
 
 def test_fields_of_training_arguments_pass_through(tmp_path):
-    recipe = write_recipe(
-        tmp_path, "max_grad_norm: 5e-1\ngradient_checkpointing: true\nlr: 1e-3\nadam_beta2: 0.9"
-    )
+    recipe = write_recipe(tmp_path, "max_grad_norm: 5e-1\nignore_data_skip: true\nlr: 1e-3\nadam_beta2: 0.9")
     flags, extra = parse_train_args([recipe, "--adam-beta2", "0.95", "--torch_compile=no", "--seed", "3"])
     assert (flags.lr, flags.seed) == (1e-3, 3)
     assert extra == {
         "max_grad_norm": 0.5,
-        "gradient_checkpointing": True,
+        "ignore_data_skip": True,
         "adam_beta2": 0.95,
         "torch_compile": False,
     }
     line = catch(BadFlag, parse, "--adam_beta2", "x")
     assert line.startswith("--adam_beta2")
     assert "invalid float value: 'x'" in line
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_checkpointing_is_recompute_full(name):
+    flags, extra = parse_train_args([f"--{name}", "true", "--recompute=full"])
+    assert (flags.recompute, extra) == ("full", {})
+    assert parse_train_args([f"--{name}"])[0].recompute == "full"
+    assert parse_train_args([f"--{name}=false"])[0].recompute == "none"
+    line = catch(BadFlag, parse, f"--{name}", "--recompute=selective")
+    assert line == f"--{name}: True is --recompute full, not selective; leave one out"
+    assert "use --recompute" in catch(BadFlag, parse, f"--{name}_kwargs={{}}")
 
 
 @pytest.mark.parametrize(
