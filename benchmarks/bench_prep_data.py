@@ -126,7 +126,7 @@ def _measure_peak(path: Path, tokenizer: Path, out_dir: Path, num_proc: int) -> 
 
 
 def compare_memory(args: argparse.Namespace, path: Path, tokenizer: Path, out_dir: Path) -> None:
-    """Measure a set and one of ten times the rows, in this order: a peak is never forgotten."""
+    """Measure a set and one of ten times the rows."""
     peaks = []
     for count in (args.memory_rows, 10 * args.memory_rows):
         write_rows(args.dataset, path, count, "row")
