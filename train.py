@@ -181,15 +181,16 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ..
         close_run(flags, resumed)
         return
     check_disk(flags, model, max_steps)
+    arguments = trainer.build_training_arguments(flags, extra, max_steps)
     run = trainer.RunTrainer(
         model,
-        trainer.build_training_arguments(flags, extra, max_steps),
+        arguments,
         train_set=train_set,
         val_set=val_set,
         tokenizer=tokenizer,
         meta=meta,
         collate=collate,
-        optimizer_cls_and_kwargs=trainer.choose_optimizer(flags),
+        optimizer_cls_and_kwargs=trainer.choose_optimizer(flags, arguments),
         skipped=skipped or read_skipped(resumed),
         pace=pace,
     )

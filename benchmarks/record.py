@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,7 @@ import psutil
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(__file__).parent.parent / "BENCHMARKS.md"
 BEGIN, END = "<!-- table: made by benchmarks/record.py -->", "<!-- end of table -->"
+CURVES = "<!-- curves: made by benchmarks/record.py -->"
 
 # name of the row -> what it must reach, in words
 ROWS = {
@@ -60,6 +61,17 @@ ROWS = {
     "train_gpu_355m_vs_nanogpt": "the same, 355M: 1.15",
     "train_gpu_124m_share": "% of the matrix rate measured beside, 124M: 60",
     "train_gpu_355m_share": "the same, 355M: 60",
+    "loss_cpu_shape": "Tiny Shakespeare, nanoGPT's CPU shape, val loss after 1.54 M tokens: at most 1.58",
+    "loss_cpu_shape_quarter": "the same after a quarter of them: at most 1.88",
+    "tokens_cpu_shape_vs_nanogpt": "share of its tokens after which ours has nanoGPT's loss: at most 0.5",
+    "tokens_cpu_shape_vs_adamw": "the same of an AdamW tuned as carefully: at most 0.75",
+    "tokens_small_test_vs_nanogpt": "share of tokens to nanoGPT's loss, small_test on pydocs: at most 0.5",
+    "tokens_small_test_vs_adamw": "the same of a tuned AdamW: at most 0.75",
+    "loss_gpu_shape": "Tiny Shakespeare, nanoGPT's GPU shape, val loss (published 1.4697): at most 1.44",
+    "tokens_gpu_shape_vs_nanogpt": "share of tokens to nanoGPT's loss there: at most 0.5",
+    "tokens_gpu_shape_vs_adamw": "the same of a tuned AdamW: at most 0.75",
+    "tokens_124m_vs_nanogpt": "share of tokens to llm.c's loss, 124M on pydocs: at most 0.5",
+    "tokens_124m_vs_adamw": "the same of a tuned AdamW: at most 0.75",
     "generate_cpu_fp32": "tokens/s of one stream, 124M, over transformers' generate in fp32, equal ids: 1.5",
     "generate_cpu_fp16": "the same with --dtype fp16: 3",
     "generate_cpu_bf16": "the same with --dtype bf16, on a CPU that computes in it: 3",
@@ -179,12 +191,33 @@ def format_table() -> str:
     return "\n".join(lines)
 
 
+def format_curves() -> str:
+    """Return a Markdown table of the val losses that bench_loss.py wrote: a line for each arm and length."""
+    places = ("at 1/4", "at 1/2", "at 3/4", "at the end")
+    lines = [f"| row | arm-steps | tokens | {' | '.join(places)} |", "|---" * 7 + "|"]
+    for row in ROWS:
+        path = RESULTS / f"{row}.json"
+        result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for arm, curves in result.get("losses", {}).items() if row.endswith("_vs_nanogpt") else ():
+            tokens = result["tokens_per_step"] * max(map(int, curves[0]))
+            spreads = [format_spread(values) for values in zip(*(c.values() for c in curves), strict=True)]
+            lines.append(f"| {row} | {arm} | {tokens:,} | {' | '.join(spreads)} |")
+    return "\n".join(lines)
+
+
+def format_spread(values: Sequence[float]) -> str:
+    """Return the median of some seeds, the lowest and the highest."""
+    return f"{statistics.median(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
 def main() -> None:
-    """Rewrite the table in BENCHMARKS.md."""
+    """Rewrite the tables in BENCHMARKS.md."""
     text = TABLE.read_text(encoding="utf-8")
-    head, rest = text.split(BEGIN)
-    tail = rest.split(END)[1]
-    TABLE.write_text(f"{head}{BEGIN}\n{format_table()}\n{END}{tail}", encoding="utf-8")
+    for begin, table in ((BEGIN, format_table()), (CURVES, format_curves())):
+        head, rest = text.split(begin)
+        tail = rest.split(END, 1)[1]
+        text = f"{head}{begin}\n{table}\n{END}{tail}"
+    TABLE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

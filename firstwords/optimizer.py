@@ -24,10 +24,18 @@ class MuonAdamW(Optimizer):
         model: its parameters are sorted by name and shape.
         lr: the rate of both.
         weight_decay: decoupled, on matrices and embeddings.
-        betas: of AdamW.
+        betas, eps: of AdamW.
     """
 
-    def __init__(self, model: GPT2LMHeadModel, *, lr: float, weight_decay: float, betas=(0.9, 0.95)):
+    def __init__(
+        self,
+        model: GPT2LMHeadModel,
+        *,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ):
         hidden, embeddings, vectors, self.parts = [], [], [], []
         for name, parameter in model.named_parameters():
             kind = vectors if parameter.ndim < 2 else hidden if ".h." in name else embeddings
@@ -42,6 +50,7 @@ class MuonAdamW(Optimizer):
             ],
             lr=lr,
             betas=betas,
+            eps=eps,
             fused=True,
         )
         muon = {"params": hidden, "lr": lr, "weight_decay": weight_decay}

@@ -149,11 +149,16 @@ def _check_compiler(device: str, backend: str) -> None:
         raise BadFlag("--torch_compile: there is no C++ compiler; apt-get install g++")
 
 
-def choose_optimizer(flags: TrainFlags) -> tuple[type, dict] | None:
+def choose_optimizer(flags: TrainFlags, arguments: TrainingArguments) -> tuple[type, dict] | None:
     """Return what Trainer takes as `optimizer_cls_and_kwargs`; None where it knows the name itself."""
     if flags.optim != "muon":
         return None
-    return MuonAdamWFactory, {"lr": flags.lr, "weight_decay": flags.weight_decay}
+    return MuonAdamWFactory, {
+        "lr": arguments.learning_rate,
+        "weight_decay": arguments.weight_decay,
+        "betas": (arguments.adam_beta1, arguments.adam_beta2),
+        "eps": arguments.adam_epsilon,
+    }
 
 
 def _build_schedule(flags: TrainFlags, max_steps: int) -> dict:

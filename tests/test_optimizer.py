@@ -124,10 +124,11 @@ def test_embeddings_and_vectors_are_those_of_adamw(model):
     adamw = AdamW(
         [{"params": [parameters[n]], "weight_decay": 0.1 if parameters[n].ndim > 1 else 0.0} for n in names],
         lr=1e-2,
-        betas=(0.9, 0.95),
+        betas=(0.8, 0.99),
+        eps=1e-6,
         fused=True,
     )
-    optimizer = MuonAdamW(model, lr=1e-2, weight_decay=0.1)
+    optimizer = MuonAdamW(model, lr=1e-2, weight_decay=0.1, betas=(0.8, 0.99), eps=1e-6)
     for seed in (1, 2, 3):
         take_step(optimizer, model, seed)
         set_gradients(twin, seed)

@@ -5,6 +5,7 @@ import math
 import re
 import resource
 import signal
+from dataclasses import replace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -407,7 +408,9 @@ def test_norms_and_biases_do_not_decay(data, tmp_path):
 
 
 def test_muon_is_ours_and_the_rest_is_trainer_s():
-    assert choose_optimizer(TrainFlags(optim="adamw_torch_fused")) is None
-    factory, kwargs = choose_optimizer(TrainFlags(optim="muon", lr=0.5, weight_decay=0.25))
+    flags = TrainFlags(model_dir="x", device="cpu", optim="muon", lr=0.5, weight_decay=0.25)
+    arguments = build_training_arguments(flags, {"adam_beta2": 0.99, "adam_epsilon": 1e-6}, 10)
+    assert choose_optimizer(replace(flags, optim="adamw_torch_fused"), arguments) is None
+    factory, kwargs = choose_optimizer(flags, arguments)
     assert factory is trainer.MuonAdamWFactory
-    assert kwargs == {"lr": 0.5, "weight_decay": 0.25}
+    assert kwargs == {"lr": 0.5, "weight_decay": 0.25, "betas": (0.9, 0.99), "eps": 1e-6}

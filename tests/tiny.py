@@ -105,15 +105,16 @@ def build_trainer(data_dir, model_dir, *, model=None, trainer_class=RunTrainer, 
     train_set = open_train(data_dir, BYTES, flags.seq_len, seed=flags.seed, **options)
     if model is None:
         model = build_model(write_config(data_dir / "c.json"), BYTES, seed=flags.seed)
+    arguments = build_training_arguments(flags, extra or {}, flags.max_steps)
     return trainer_class(
         model,
-        build_training_arguments(flags, extra or {}, flags.max_steps),
+        arguments,
         train_set=train_set,
         val_set=open_val(data_dir, BYTES, flags.seq_len, **options),
         tokenizer=BYTES,
         meta=RunMeta({}, rows_per_step(flags, 1) * train_set.tokens_per_row, flags.save_total_limit),
         collate=collate,
-        optimizer_cls_and_kwargs=choose_optimizer(flags),
+        optimizer_cls_and_kwargs=choose_optimizer(flags, arguments),
     )
 
 
