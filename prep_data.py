@@ -59,7 +59,7 @@ from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import Tokenizer, build_tokenizer, learns_from_text, load_tokenizer
 
 FORMAT = "firstwords-chats-1"
-REPORT, PAGE = "data_report.json", "data_report.html"
+REPORT, PAGE = prep.REPORTS[0], "data_report.html"
 TOKENIZER = "tokenizer"  # its folder among the parts
 SEQ_LEN = 1024  # beyond which conversations are counted when --seq_len is not given
 SHOWN_ON_PAGE = 20
@@ -106,12 +106,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         default=1,
         metavar="N",
         help="how often pydocs asks each question",
-    )
-    add(
-        "--near_duplicates",
-        action="store_true",
-        help="count the training conversations that share 80 %% of their runs of three words with one in "
-        "val (by MinHash)",
     )
     add(
         "--show",
@@ -411,9 +405,9 @@ def find_near(folder: Path) -> int:
     return count_near(_read_texts(folder / "val.jsonl"), _read_texts(folder / "train.jsonl"))
 
 
-def _read_texts(path: Path) -> Iterator[str]:
+def _read_texts(path: Path) -> Iterator[list[str]]:
     for _, row in read_jsonl(path):
-        yield "\n".join(message["content"] for message in row["messages"])
+        yield ["\n".join(message["content"] for message in row["messages"])]
 
 
 # --- what people see

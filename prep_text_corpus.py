@@ -42,11 +42,13 @@ from firstwords.corpus import (
     Unit,
     count_parts,
     group_units,
+    read_back,
     survey_parts,
     write_store,
 )
 from firstwords.errors import BadData, BadFlag, IOFailed, MissingInput
 from firstwords.hashes import count_distinct, sort_hashes
+from firstwords.near import check_library, count_near
 from firstwords.pages import format_html_table, format_sections
 from firstwords.parts import Work, finish_work, make_parts, open_work, start_server, sweep_work
 from firstwords.plot import draw_bars, draw_shares
@@ -66,7 +68,7 @@ from firstwords.sources import (
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import Tokenizer, build_tokenizer, learns_from_text, load_tokenizer
 
-REPORT, PAGE = "corpus.json", "corpus.html"
+REPORT, PAGE = prep.REPORTS[1], "corpus.html"
 SPOOL = "spool.jsonl"
 VAL_PCT, VAL_PCT_SINGLE = 1.0, 10.0
 
@@ -110,6 +112,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--tasks", type=prep.parse_count, default=None, metavar="N", help="of datatrove, default --num_proc")
     args = parser.parse_args(argv)
+    if args.near_duplicates:
+        check_library()
     names = {dataset.name for dataset in args.dataset}
     args.tokenizer = args.tokenizer or ("bpe:4096" if names == {"pydocs"} else "gpt2")
     if names == {"pydocs"}:
@@ -168,7 +172,7 @@ def describe_flags(args: argparse.Namespace) -> dict:
 def plan_work(corpus: "Mix", args: argparse.Namespace, tokenizer: Tokenizer | None) -> dict:
     """Return all that decides what is in the parts; the rest may change before they are put together."""
     flags = {name: str(value) for name, value in prep.describe_flags(args).items()}
-    for name in ("skip_bad", "val_pct", "tasks"):
+    for name in ("skip_bad", "val_pct", "tasks", "near_duplicates"):
         flags.pop(name)
     made_with = {name: version(name) for name in ("tiktoken", "tokenizers")}
     return {
@@ -183,10 +187,8 @@ def work_through(
     corpus: "Mix", tokenizer: Tokenizer | None, args: argparse.Namespace, work: Work, made_by: dict
 ) -> dict:
     """Make `out_dir` from the parts, made now or by a run that was stopped; returns its report."""
-    if work.changed:
-        print(f"{args.out_dir}: unfinished work had other {work.changed}; starting anew", file=sys.stderr)
-    elif not work.is_empty():
-        print(f"{args.out_dir}: going on with unfinished work", file=sys.stderr)
+    if work.state:
+        print(f"{args.out_dir}: {work.state}", file=sys.stderr)
     with stage_folder(args.out_dir, overwrite=True) as staging, ThreadPoolExecutor(2) as beside:
         sources = beside.submit(corpus.describe)
         tokenizer = tokenizer or learn_tokenizer(corpus, args.tokenizer, work)
@@ -241,7 +243,15 @@ def prepare(corpus: "Mix", tokenizer: Tokenizer, args: argparse.Namespace, work:
         "datasets": datasets,
         "lengths": dict(sorted(survey.lengths.items())),
         "splits": splits,
+        "nearly_on_both_sides": find_near(staging, tokenizer, splits) if args.near_duplicates else None,
     }
+
+
+def find_near(folder: Path, tokenizer: Tokenizer, splits: dict[str, dict]) -> int:
+    """Return how many documents of train are nearly one of val."""
+    held_out, documents = (read_back(folder / f"{split}.bin", tokenizer) for split in ("val", "train"))
+    total = splits["train"]["documents"]
+    return count_near(held_out, tqdm(documents, "near duplicates", total, unit=" documents", disable=None))
 
 
 def run_datatrove(step, num_tasks: int, num_proc: int) -> Iterator[Path]:
@@ -528,6 +538,7 @@ def list_documents(report: dict) -> list[tuple[str, object]]:
         ("empty, dropped", documents["empty"]),
         *((f"rejected, {reason}", count) for reason, count in documents["rejected"].items()),
         ("duplicates (kept)", documents["duplicates"]),
+        *(("nearly on both sides", near) for near in [report["nearly_on_both_sides"]] if near is not None),
     ]
 
 

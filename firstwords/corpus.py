@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +33,7 @@ HASH, NUM_TOKENS, NUM_BYTES, NUM_CHARACTERS, STATE = range(5)
 ENDS, BLANK, BAD = 1, 2, 4  # bits of STATE: the document ends here, only white space, no text
 KEPT, EMPTY, REFUSED = range(3)  # what becomes of a document
 BLOCK_TOKENS = 1 << 22  # copied at a time
+PIECE_TOKENS = 1 << 18  # decoded at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,6 +345,29 @@ def write_store(
     for split, ids, num_bytes, num_documents in blocks:
         writers[split].append(ids, num_bytes=num_bytes, num_documents=num_documents)
     return {split: writer.close() for split, writer in writers.items()}
+
+
+def read_back(path: Path, tokenizer: Tokenizer) -> Iterator[Iterator[str]]:
+    """Yield the documents of a finished split, each in pieces of which only a long one has several."""
+    pieces = groupby(_iter_decoded(path, tokenizer), key=itemgetter(0))
+    return (map(itemgetter(1), document) for _, document in pieces)
+
+
+def _iter_decoded(path: Path, tokenizer: Tokenizer) -> Iterator[tuple[int, str]]:
+    """Yield `(number of the document, piece of it)`."""
+    document, held = 0, np.empty(0, choose_dtype(len(tokenizer)))
+    with open(path, "rb") as file:
+        while len(block := np.fromfile(file, held.dtype, PIECE_TOKENS)):
+            ids = np.concatenate([held, block])
+            *whole, held = np.split(ids, np.flatnonzero(ids == tokenizer.endoftext_id) + 1)
+            for own in whole:
+                yield document, tokenizer.decode(own.tolist(), skip_control=True)
+                document += 1
+            if len(held) >= PIECE_TOKENS:
+                yield document, tokenizer.decode(held.tolist())
+                held = held[:0]
+    if len(held):
+        yield document, tokenizer.decode(held.tolist())
 
 
 # split, ids, bytes of text, documents that end

@@ -23,6 +23,7 @@ from firstwords.errors import BadData, BadFlag, Mismatch, MissingInput
 from firstwords.model import IGNORED, find_learned
 from firstwords.model.attention import find_documents
 from firstwords.packing import choose_lengths, pack_rows
+from firstwords.prep import check_written
 from firstwords.tokenizer import Tokenizer
 
 LN2 = float(np.log(2))
@@ -133,7 +134,8 @@ def read_chats(path: Path) -> Chats:
 
     Raises:
         MissingInput: when it is not there.
-        BadData: for a line that breaks the contract, with its number, or a file without a learned token.
+        BadData: for a line that breaks the contract, with its number, a file without a learned token, or
+            one that is not what the report beside it says.
     """
     if not path.is_file():
         raise MissingInput(f"{path}: is not there; run prep_data.py --out_dir {path.parent}")
@@ -148,6 +150,7 @@ def read_chats(path: Path) -> Chats:
             lengths.append(len(row_ids))
     if not any(mask.any() for mask in masks):
         raise BadData(f"{path}: has no token to learn from; run prep_data.py anew")
+    check_written(path, digest.hexdigest())
     starts = np.concatenate([[0], np.cumsum(lengths)])
     return Chats(np.concatenate(ids), np.concatenate(masks), starts, digest.hexdigest())
 

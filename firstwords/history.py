@@ -16,6 +16,7 @@ from pathlib import Path
 
 from firstwords.checkpoint import is_complete, list_checkpoints, read_manifest
 from firstwords.errors import FirstwordsError, MissingInput, suggest
+from firstwords.prep import REPORTS
 
 # What a run's folder may hold beside its events: attribute of `Run`, and file.
 FILES = {
@@ -213,7 +214,7 @@ def _read_json(run: Run, path: Path) -> dict:
 
 def _read_data(run: Run) -> None:
     data_dir = run.manifest.get("data_dir")
-    for name in ("data_report.json", "corpus.json"):
+    for name in REPORTS:
         if data_dir and (Path(data_dir) / name).is_file():
             run.data_path = Path(data_dir) / name
             run.data = _read_json(run, run.data_path)

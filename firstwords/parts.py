@@ -64,6 +64,13 @@ class Work:
         (self.folder / name).mkdir(exist_ok=True)
         return Work(self.folder / name)
 
+    @property
+    def state(self) -> str | None:
+        """What a person may want to know of an earlier, unfinished work."""
+        if self.changed:
+            return f"unfinished work had other {self.changed}; starting anew"
+        return None if self.is_empty() else "going on with unfinished work"
+
     def is_empty(self) -> bool:
         """Tell whether no part is there, nor any other folder."""
         return not any(path.is_dir() for path in self.folder.iterdir())

@@ -25,6 +25,7 @@ from firstwords.schema import RowError, format_row, mask_control
 T = TypeVar("T")
 
 REJECTS = "rejects.jsonl"
+REPORTS = ("data_report.json", "corpus.json")  # of stage B's data and of stage A's
 SHOWN_REJECTS = 20
 # Flags that do not change what is written.
 FREE_FLAGS = ("out_dir", "overwrite", "debug", "show", "show_html", "num_proc")
@@ -66,6 +67,12 @@ def add_source_flags(parser: argparse.ArgumentParser, *, dataset_help: str) -> N
         "are listed in rejects.jsonl either way",
     )
     add("--overwrite", action="store_true", help="replace an --out_dir that this script made")
+    add(
+        "--near_duplicates",
+        action="store_true",
+        help="count what is in train and shares 80 %% of its runs of three words with something in val "
+        "(by MinHash)",
+    )
     add(
         "--num_proc",
         type=parse_count,
@@ -257,6 +264,23 @@ def read_report(path: Path) -> dict | None:
     except (OSError, ValueError):
         return None
     return report if isinstance(report, dict) and "command" in report else None
+
+
+def find_report(folder: Path) -> dict:
+    """Return the report of a folder that a prep script made; `{}` of foreign data."""
+    return next(filter(None, (read_report(folder / name) for name in REPORTS)), {})
+
+
+def check_written(path: Path, sha256: str) -> None:
+    """Compare a prepared file with the report beside it; foreign data have none.
+
+    Raises:
+        BadData: when the file is another one than was written.
+    """
+    files = find_report(path.parent).get("files")
+    written = files.get(path.name) if isinstance(files, dict) else None
+    if isinstance(written, dict) and written.get("sha256") != sha256:
+        raise BadData(f"{path}: is not what was written, by its sha256 in the report; prepare it anew")
 
 
 def _is_whole(path: Path, described: dict) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny import BYTES, invent_talks, talk, write_chats, write_store
 
+from firstwords.atomic import hash_file
 from firstwords.dataset import (
     PackedChats,
     TokenBlocks,
@@ -293,6 +294,20 @@ def test_tokens_per_row_are_real_tokens(chats):
     real = sum(i != BYTES.pad_id for row in list_rows(dataset) for i in row["input_ids"])
     assert dataset.tokens_per_row * dataset.rows_per_epoch == pytest.approx(real)
     assert real == len(chats.ids)
+
+
+def test_rows_that_are_not_what_was_written_are_refused(tmp_path):
+    path = tmp_path / "train_tokenized.jsonl"
+    path.write_text('{"input_ids": [5, 6], "assistant_masks": [0, 1]}\n', encoding="utf-8")
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": hash_file(path)}}
+    (tmp_path / "data_report.json").write_text(json.dumps({"command": {}, "files": files}))
+    assert read_chats(path).hash == files[path.name]["sha256"]
+    path.write_text('{"input_ids": [5, 7], "assistant_masks": [0, 1]}\n', encoding="utf-8")
+    with pytest.raises(BadData, match="train_tokenized.jsonl: is not what was written, by its sha256"):
+        read_chats(path)
+    for report in ("{}", "[", '{"command": {}, "files": [1]}'):  # then there is nothing to compare with
+        (tmp_path / "data_report.json").write_text(report)
+        assert read_chats(path).ids.tolist() == [5, 7]
 
 
 def test_bits_per_byte_of_a_loss():

@@ -3,12 +3,14 @@
 import base64
 import json
 import os
+import sys
 from collections import Counter
 
 import numpy as np
 import pytest
 
 import prep_text_corpus
+from firstwords import corpus as corpus_module
 from firstwords import pydocs, tokenstore
 from firstwords.errors import BadData, BadFlag, CannotCreate, IOFailed, MissingInput
 from firstwords.sources import readers, streams
@@ -377,6 +379,53 @@ def test_a_mix_takes_each_document_as_often_as_its_weight_says(tmp_path):
     taken = Counter(text.split("<|endoftext|>"))
     assert {taken[f"c number {n}"] for n in range(300)} == {2}
     assert {taken[f"b number {n}"] for n in range(300)} == {0, 1}
+
+
+# --- near duplicates
+
+
+def write_near(path):
+    """Thirty documents of which the first twenty are nearly alike, and short."""
+    words = " ".join(f"word{n}" for n in range(40))
+    near = [f"{words} number {n}" for n in range(20)]
+    far = [" ".join(f"{n}x{k}" for k in range(40)) for n in range(10)]
+    path.write_text("\n".join([*near, *far]), encoding="utf-8")
+    return path
+
+
+def test_near_duplicates_of_val_are_counted(tmp_path, capsys):
+    path = write_near(tmp_path / "a.txt")
+    flags = ["--split_docs", "line", "--near_duplicates", "--val_pct", "50"]
+    report = run(path, tmp_path / "out", *flags)
+    text = load_tokenizer(tmp_path / "out").decode(np.fromfile(tmp_path / "out/train.bin", "<u2").tolist())
+    in_train = text.count(" number ")
+    assert 0 < in_train < 20
+    assert report["nearly_on_both_sides"] == in_train
+    assert f"nearly on both sides  {in_train}\n" in capsys.readouterr().out
+    assert f'nearly on both sides</td><td class="n">{in_train}' in (tmp_path / "out/corpus.html").read_text()
+    assert run(path, tmp_path / "plain", *flags[:2])["nearly_on_both_sides"] is None
+
+
+@pytest.mark.parametrize("piece_tokens", [7, 1 << 18])
+def test_documents_are_read_back_from_a_store(tmp_path, monkeypatch, piece_tokens):
+    path = write_near(tmp_path / "a.txt")
+    run(path, tmp_path / "out", "--split_docs", "line", "--val_pct", "20")
+    monkeypatch.setattr(corpus_module, "PIECE_TOKENS", piece_tokens)
+    tokenizer = load_tokenizer(tmp_path / "out")
+    splits = [
+        [list(pieces) for pieces in corpus_module.read_back(tmp_path / "out" / f"{split}.bin", tokenizer)]
+        for split in ("train", "val")
+    ]
+    assert sorted("".join(pieces) for split in splits for pieces in split) == sorted(
+        path.read_text(encoding="utf-8").split("\n")
+    )
+    assert (max(len(pieces) for split in splits for pieces in split) > 1) == (piece_tokens == 7)
+
+
+def test_near_duplicates_need_a_library(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasketch", None)
+    with pytest.raises(BadFlag, match=r"pip install 'firstwords\[near\]'"):
+        run(write_near(tmp_path / "a.txt"), tmp_path / "out", "--near_duplicates")
 
 
 def test_the_page_has_the_account_and_no_markup_from_data(tmp_path):

@@ -2,11 +2,13 @@
 
 import base64
 import json
+import os
 import pickle
 import random
 from pathlib import Path
 
 import pytest
+import tiktoken
 import tokenizers
 
 from firstwords import tokenizer as tokenizer_module
@@ -259,20 +261,47 @@ def test_transformers_gives_the_same_ids(saved, name):
         assert theirs.decode(ids) == text
 
 
-@pytest.mark.parametrize("size", [300, 3000])
-def test_a_hundred_thousand_texts_have_the_ids_of_the_saved_tokenizer(tmp_path, size):
-    chance = random.Random(size)
-    code = Path(tokenizer_module.__file__).read_text(encoding="utf-8")
-    tokenizer = train_bpe([code, *draw_texts(1, 2000)], size)
-    places = [chance.randrange(len(code)) for _ in range(25_000)]
-    texts = [*draw_texts(2, 75_000), *(code[place : place + chance.randrange(60)] for place in places)]
+CODE = Path(tokenizer_module.__file__).read_text(encoding="utf-8")
+
+
+def compare_hundred_thousand(tokenizer, folder, seed):
+    """Encode strings from all planes of Unicode, pieces of code, and look-alikes of control tokens."""
+    chance = random.Random(seed)
+    places = [chance.randrange(len(CODE)) for _ in range(25_000)]
+    texts = [*draw_texts(2, 75_000), *(CODE[place : place + chance.randrange(60)] for place in places)]
     # The control tokens are added to the saved one for AutoTokenizer; text that spells them is text here.
-    saved = tokenizers.Tokenizer.from_file(str(save(tokenizer, tmp_path) / "tokenizer.json"))
+    saved = tokenizers.Tokenizer.from_file(str(save(tokenizer, folder) / "tokenizer.json"))
     saved.encode_special_tokens = True
     for text, theirs in zip(texts, saved.encode_batch(texts, add_special_tokens=False), strict=True):
         ids = tokenizer.encode(text)
         assert ids == theirs.ids, text
         assert tokenizer.encode_array(text).tolist() == ids, text
+
+
+@pytest.mark.parametrize("size", [300, 3000])
+def test_a_hundred_thousand_texts_have_the_ids_of_the_saved_tokenizer(tmp_path, size):
+    tokenizer = train_bpe([CODE, *draw_texts(1, 2000)], size)
+    compare_hundred_thousand(tokenizer, tmp_path, size)
+
+
+@pytest.mark.skipif("GPT2_RANKS" not in os.environ, reason="GPT2_RANKS names no file gpt2.tiktoken")
+def test_gpt2_has_the_ids_of_its_own_pattern_and_of_the_saved_tokenizer(tmp_path):
+    tokenizer = load_tokenizer(os.environ["GPT2_RANKS"])
+    assert (len(tokenizer.vocabulary), tokenizer.endoftext_id) == (50256, 50256)
+    compare_hundred_thousand(tokenizer, tmp_path, 2)
+    # As OpenAI's encoder spells it.
+    pattern = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+    ranks = {token: rank for rank, token in enumerate(tokenizer.vocabulary)}
+    theirs = tiktoken.Encoding("theirs", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    for text in [CODE, *draw_texts(3, 20_000)]:
+        assert tokenizer.encode(text) == theirs.encode_ordinary(text), text
+
+
+def test_a_token_that_no_earlier_merges_make_cannot_be_saved():
+    whole = Tokenizer(BYTE_LEVEL, [*BYTES.vocabulary, b"ab", b"abc", b"cab", b"abcab"])
+    assert whole.spell()[1] == [("a", "b"), ("ab", "c"), ("c", "ab"), ("abc", "ab")]
+    with pytest.raises(Mismatch, match="token 257 b'abcd': is not made by earlier merges"):
+        Tokenizer(BYTE_LEVEL, [*BYTES.vocabulary, b"ab", b"abcd", b"cd"]).spell()
 
 
 def test_a_tokenizer_goes_to_another_process(any_tokenizer):
