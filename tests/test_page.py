@@ -33,6 +33,7 @@ PHONE = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
 ALLOWED = {
     *("ARTICLE", "DIV", "P", "H3", "H4", "H5", "UL", "OL", "LI", "BLOCKQUOTE", "HR", "BR"),
     *("PRE", "CODE", "STRONG", "EM", "SPAN", "BUTTON"),
+    *("TABLE", "THEAD", "TBODY", "TR", "TH", "TD"),
 }
 
 
@@ -261,6 +262,30 @@ def test_markdown_becomes_elements(shown, told):
     assert shown.texts(".code .copy") == ["Copy"]
 
 
+def test_tables_become_elements(shown, told):
+    told.reply = lambda question: (
+        "Sizes:\n| name | `size` | note |\n|:---|---:|:-:|\n| **a** | 1 | x \\| y |\n| b |\n"
+        "c | 3 | z | more\n\n| one |\n| --- |\n| last |\n- item\n\na | b\n--- | --- | ---\n\n| no |\n---"
+    )
+    shown.say("show")
+    assert shown.texts(".body th") == ["name", "size", "note", "one"]
+    assert shown.texts(".body td") == ["a", "1", "x | y", "b", "c", "3", "z", "last"]
+    assert shown.texts(".body td strong, .body th code") == ["size", "a"]
+    assert shown.run("return [...document.querySelectorAll('th')].map((e) => e.className)") == [
+        *("", "right", "middle", "")
+    ]
+    assert shown.texts(".body > p") == ["Sizes:", "a | b\n--- | --- | ---", "| no |\n---"]
+    assert shown.texts(".body li") == ["item"]
+    long = "|".join(["a long heading"] * 40)
+    told.reply = lambda question: f"{long}\n{'|'.join(['---'] * 40)}\n"
+    shown.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", PHONE)
+    try:
+        shown.say("wide")
+        assert shown.run("return document.documentElement.scrollWidth") == 360
+    finally:
+        shown.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def list_hostile(canary):
     """Return texts that act where they are taken for HTML; those with the canary's address call it."""
     bad = "window.pwned=1"
@@ -294,6 +319,8 @@ def list_hostile(canary):
         f"# <img src=x onerror={bad}>",
         f"> <img src=x onerror={bad}>",
         f"1. <img src=x onerror={bad}>",
+        f"| <img src=x onerror={bad}> | a |\n|---|:-:|\n| <script>{bad}</script> | `<b onclick={bad}>` |",
+        f"a | b\n:-- | --:\n{canary}/t | [x](javascript:{bad}) | <td onclick={bad}>",
         f"&lt;img src=x onerror={bad}&gt;",
         f"<a href='javascript:{bad}'>x</a>",
         "\u202e<b>turned</b>\u2066 \u2028 \x1b[31m \x00".replace("\x00", ""),

@@ -53,8 +53,9 @@ function renderMarkdown(text) {
     else if (/^\s*>/.test(line)) {
       const quoted = take((l) => /^\s*>/.test(l)).map((l) => l.replace(/^\s*> ?/, ""));
       blocks.push(make("blockquote", {}, ...joinLines(quoted)));
-    } else if (LIST.test(line)) blocks.push(renderList(take((l) => LIST.test(l) || /^\s{2,}\S/.test(l))));
-    else blocks.push(make("p", {}, ...joinLines(take((l, n) => l.trim() && (!n || !OPENS.test(l))))));
+    } else if (opensTable(lines, at)) blocks.push(renderTable(take((l, n) => l.trim() && (n < 2 || !OPENS.test(l)))));
+    else if (LIST.test(line)) blocks.push(renderList(take((l) => LIST.test(l) || /^\s{2,}\S/.test(l))));
+    else blocks.push(make("p", {}, ...joinLines(take((l, n) => l.trim() && (!n || !(OPENS.test(l) || opensTable(lines, at)))))));
   }
   return blocks;
 }
@@ -72,6 +73,29 @@ function renderList(lines) {
   const list = make(number ? "ol" : "ul", {}, ...items.map((item) => make("li", {}, ...joinLines(item))));
   if (number) list.start = Number(number[1]);
   return list;
+}
+
+// A line of cells, and below it as many of dashes.
+function opensTable(lines, at) {
+  const below = lines[at + 1] ?? "";
+  if (!lines[at].includes("|") || !below.includes("|")) return false;
+  const rule = splitCells(below);
+  return rule.length === splitCells(lines[at]).length && rule.every((cell) => /^:?-+:?$/.test(cell));
+}
+
+function splitCells(line) {
+  const inner = line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "");
+  return inner.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
+}
+
+function renderTable(lines) {
+  const [head, rule, ...rows] = lines.map(splitCells);
+  const sides = rule.map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "middle" : "right") : ""));
+  const renderRow = (tag, cells) =>
+    make("tr", {}, ...cells.slice(0, head.length).map((cell, n) => make(tag, { className: sides[n] }, ...renderInline(cell))));
+  const body = make("tbody", {}, ...rows.map((cells) => renderRow("td", cells)));
+  const table = make("table", {}, make("thead", {}, renderRow("th", head)), body);
+  return make("div", { className: "table", tabIndex: 0 }, table);
 }
 
 function joinLines(lines) {
