@@ -154,9 +154,21 @@ def write_card(folder: Path, session, flags, usage: str) -> None:
         context=session.context,
         scores=read_scores(session.folder, session.manifest.get("step")),
         curve=read_curve(session.folder),
+        figures=list_run_figures(session.folder),
     )
     card = format_card(flags.name, facts, usage, license=flags.license)
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def list_run_figures(folder: Path) -> list[tuple[str, str]]:
+    """Return the head figures of a finished run's report; what evaluate.py measured is among the scores."""
+    from firstwords.figures import list_figures
+    from firstwords.history import read_run
+
+    if not (folder / "runs").is_dir():
+        return []
+    figures = list_figures(read_run(folder))
+    return [(f.name, f.shown) for f in figures if not f.source.startswith("evaluation")]
 
 
 def push(folder: Path, repo: str) -> str:

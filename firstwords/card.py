@@ -7,6 +7,7 @@ no file says is said to be unknown. Invariant: no path of the machine that train
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +45,8 @@ class Facts:
 
     Attributes:
         manifest: of the checkpoint, `{}` of a plain Hugging Face folder.
-        scores: of evaluation.json when it is of this very step.
+        scores: of evaluation.json and evaluation_tasks.json where they are of this very step.
+        figures: `(name, value)` of the run's report.
         curve: `(step, validation loss, bits per byte)` at each evaluation, from the trainer's log.
         num_weights, num_tokens, context: weights, ordinary and control tokens, tokens of the longest row.
     """
@@ -54,15 +56,17 @@ class Facts:
     num_tokens: int
     context: int
     scores: dict = field(default_factory=dict)
+    figures: list[tuple[str, str]] = field(default_factory=list)
     curve: list[tuple[int, float, float]] = field(default_factory=list)
 
 
 def read_scores(folder: Path, step: int | None) -> dict:
-    """Return the figures of `evaluation.json` in a model folder, or `{}` when they are of another step."""
-    figures = _read_json(folder / "evaluation.json")
-    if figures.get("step") != step:
-        return {}
-    return {name: value for name, value in figures.items() if name not in NOT_SCORES}
+    """Return what evaluate.py has measured of a model folder at this step."""
+    measured, tasks = (_read_json(folder / name) for name in ("evaluation.json", "evaluation_tasks.json"))
+    scores = measured if measured.get("step") == step else {}
+    if tasks.get("step") == step and isinstance(tasks.get("results"), dict):
+        scores |= tasks["results"]
+    return {name: value for name, value in scores.items() if name not in NOT_SCORES}
 
 
 def read_curve(folder: Path) -> list[tuple[int, float, float]]:
@@ -98,6 +102,7 @@ def format_card(name: str, facts: Facts, usage: str, *, license: str | None = No
         "Chat format": DESCRIPTION,
         "Data": _format_data(facts.manifest, license),
         "Training": _format_training(facts.manifest),
+        "Figures of the run": _format_figures(facts.figures),
         "Curve": _format_curve(facts.curve),
         "Scores": _format_scores(facts.scores),
         "Limits": LIMITS.format(context=facts.context),
@@ -164,10 +169,22 @@ def _thin(rows: list, most: int) -> list:
     return rows[::-1][::every][::-1]
 
 
+def _format_figures(figures: list[tuple[str, str]]) -> str:
+    return _format_table(("", "value"), figures) if figures else "Not recorded."
+
+
 def _format_scores(scores: dict) -> str:
-    if not scores:
-        return "Not measured at this step."
-    return _format_table(("score", "value"), [(name, _format_value(value)) for name, value in scores.items()])
+    rows = [(name, _format_value(value)) for name, value in _iter_scores(scores)]
+    return _format_table(("score", "value"), rows) if rows else "Not measured at this step."
+
+
+def _iter_scores(scores: dict, group: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers, those of a group (health, baselines, a task) under its name too."""
+    for name, value in scores.items():
+        if isinstance(value, dict):
+            yield from _iter_scores(value, f"{group}{name}: ")
+        elif isinstance(value, int | float):
+            yield group + name, value
 
 
 def _format_value(value) -> str:

@@ -15,6 +15,7 @@ import yaml
 from exported import QUESTIONS, invent_answer, write_run
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, pipeline
 
 import export
@@ -44,7 +45,12 @@ def run(tmp_path_factory, tokenizer):
     """A finished run with its scores and its log."""
     folder = tmp_path_factory.mktemp("runs") / "chat"
     write_run(folder, tokenizer, **META)
-    (folder / "evaluation.json").write_text(json.dumps({"checkpoint": "x", "step": 120, "exact_match": 0.97}))
+    measured = {"exact_match": 0.97, "health": {"stop_rate": 0.5}}
+    (folder / "evaluation.json").write_text(json.dumps({"checkpoint": "x", "step": 120, **measured}))
+    tasks = {"results": {"hellaswag": {"alias": "hellaswag", "acc,none": 0.3}}, "versions": {"hellaswag": 1}}
+    (folder / "evaluation_tasks.json").write_text(json.dumps({"step": 120, **tasks}))
+    with SummaryWriter(str(folder / "runs")) as events:
+        events.add_scalar("eval/loss", 0.15, 60)
     newest = folder / "checkpoint-120"
     newest.mkdir()
     log = [{"step": step, "eval_loss": 9 / step, "eval_bits_per_byte": 1 / step} for step in range(1, 61)]
@@ -129,6 +135,10 @@ def test_the_card(hf):
         "- file `chats.jsonl`, bytes `7`; licence: cc0-1.0",
         "- hub `tatsu-lab/alpaca`, split `train`; licence: not recorded",
         "| exact_match | 0.9700 |",
+        "| health: stop_rate | 0.5000 |",
+        "| hellaswag: acc,none | 0.3000 |",
+        "| tokens trained on | 5,000 |",
+        "| val loss | 0.1500 |",
         "| tokens seen | 5,000 |",
         "| optim | muon |",
         "| 60 | 0.1500 | 0.0167 |",
@@ -144,6 +154,7 @@ def test_scores_of_another_step_are_not_told(run, tmp_path):
     other = tmp_path / "run"
     shutil.copytree(run, other)
     (other / "evaluation.json").write_text(json.dumps({"step": 60, "exact_match": 0.123}))
+    (other / "evaluation_tasks.json").write_text(json.dumps({"step": 60, "results": {"x": {"acc": 0.123}}}))
     export.main(words(other, tmp_path / "x", "--format=hf"))
     card = (tmp_path / "x" / "README.md").read_text()
     assert "0.123" not in card
@@ -156,7 +167,7 @@ def test_a_plain_folder_says_what_is_not_known(hf, tmp_path):
     shutil.copytree(hf, plain)
     (plain / "manifest.json").unlink()
     export.main(words(plain, tmp_path / "x", "--format=hf"))
-    assert (tmp_path / "x" / "README.md").read_text().count("Not recorded.") == 3
+    assert (tmp_path / "x" / "README.md").read_text().count("Not recorded.") == 4
     assert read_curve(plain) == []
 
 
