@@ -13,7 +13,7 @@ questions about Python.
 Writes train.jsonl and val.jsonl, train_tokenized.jsonl and val_tokenized.jsonl (what is learned is
 marked), the tokenizer's files, data_report.json, the same as a page (data_report.html) and, where
 there are bad rows, rejects.jsonl; all at once at the end. The same command again finds its work
-done. Bad rows end the run with exit 65 (see --skip_bad).
+done. Bad rows end the run with exit 65 (see --skip_bad; the work is kept for it).
 
 Killed or interrupted, the same command goes on where it stopped. val is 5 % of the distinct
 conversations, drawn by seed, at least one; equal ones are never on both sides. The rows stay in
@@ -192,9 +192,14 @@ def make_data(tokenizer: Tokenizer | None, args: argparse.Namespace, made_by: di
         there is no good one.
     """
     args.out_dir.parent.mkdir(parents=True, exist_ok=True)
-    with open_work(args.out_dir, made_by | {"format": FORMAT}) as work:
+    # What may be asked for of the same parts.
+    flags = {name: v for name, v in made_by["command"].items() if name not in ("skip_bad", "near_duplicates")}
+    with open_work(args.out_dir, made_by | {"command": flags, "format": FORMAT}) as work:
+        if work.state:
+            print(f"{args.out_dir}: {work.state}", file=sys.stderr)
         report = fill_folder(tokenizer, args, made_by, work)
-        finish_work(work)
+        if "refused" not in report:
+            finish_work(work)
     return report
 
 

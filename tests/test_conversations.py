@@ -377,6 +377,21 @@ def test_show_names_the_packed_rows(tmp_path, run, capsys):
     assert "rows of 64 tokens" in shown
 
 
+def test_refused_work_waits_for_skip_bad(tmp_path, run, monkeypatch, capsys):
+    paths = [write_jsonl(tmp_path / f"{name}.jsonl", make_rows(name, 30)) for name in "ab"]
+    with open(paths[1], "a") as rows:
+        rows.write('{"question": 1}\n')
+    flags = ["--dataset", f"{paths[0]}:0.5", "--dataset", paths[1]]
+    with pytest.raises(BadData, match="--skip_bad"):
+        run("out", *flags)
+    capsys.readouterr()
+    monkeypatch.setattr(prep_data, "survey_batch", lambda *_: pytest.fail("read again"))
+    report = run("out", *flags, "--skip_bad", "--near_duplicates")
+    assert "going on with unfinished work" in capsys.readouterr().err
+    assert report["rows"]["rejected"] == {"unknown_shape": 1}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl", "out"]
+
+
 # --- near duplicates
 
 
