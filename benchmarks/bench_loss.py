@@ -4,14 +4,14 @@
   python -m benchmarks.bench_loss --device cpu --text tinyshakespeare.txt --out_dir runs/bench-loss
   python -m benchmarks.bench_loss --device cuda --text tinyshakespeare.txt --out_dir runs/bench-loss
 
-`nanogpt` is AdamW with a cosine, as nanoGPT and llm.c set it; `adamw` is an AdamW of which rate, schedule,
-decay and betas were searched with as many trials as those of ours; `ours` is the recipe in configs/recipes.
-Both rivals train on N tokens, and ours on shares of N, each in a run of its own whose schedule ends there.
-What counts is the smallest share after which ours is at or below the rival's loss of the same seed. Every run
-is a call of train.py, and its loss is that of the whole val set.
+`nanogpt` is AdamW with a cosine, as nanoGPT and llm.c set it; `adamw` is an AdamW of which rate, warm-up and
+betas were searched, BENCHMARKS.md says how far; `ours` is the recipe in configs/recipes. Both rivals train on
+N tokens, and ours on shares of N, each in a run of its own whose schedule ends there. What counts is the
+smallest share after which ours is at or below the rival's loss of the same seed. Every run is a call of
+train.py, and its loss is that of the whole val set.
 
 Each finished run stays in --out_dir and is not run again; one that was stopped is gone on with. So the same
-command may be stopped and repeated, and writes the rows of each case of which all is there.
+command may be stopped and repeated; it writes the rows of a case when all of its runs are there.
 """
 
 import argparse
@@ -21,10 +21,11 @@ import shlex
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.record import write_result
+from firstwords.args import parse_train_args
 from firstwords.checkpoint import is_complete, list_checkpoints
 
 # What trains on characters reads --text.
@@ -95,6 +96,14 @@ CASES = {
 }
 
 
+# Losses of ours with a goal of their own: share of N -> row.
+GOALS = {
+    "cpu_shape": {0.25: "loss_cpu_shape_quarter", 1.0: "loss_cpu_shape"},
+    "gpu_shape": {0.5: "loss_gpu_shape"},
+}
+RIVALS = ("nanogpt", "adamw")
+
+
 def main() -> None:
     """Measure the cases of the device."""
     parser = argparse.ArgumentParser(
@@ -105,16 +114,22 @@ def main() -> None:
     parser.add_argument("--out_dir", type=Path, required=True, help="data and runs; what is there is used")
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all of the device")
     parser.add_argument("--seeds", type=int, help="default 3 on a CPU, 1 on a GPU")
+    parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS, help="default: all of a case")
     args = parser.parse_args()
     seeds = args.seeds or (3 if args.device == "cpu" else 1)
     for name in args.cases or [name for name, case in CASES.items() if case.device == args.device]:
-        case = CASES[name]
+        case = keep_arms(CASES[name], ("ours", *args.rivals))
         if case.data == CHARACTERS and args.text is None:
             print(f"{name}: left out, it needs --text", flush=True)
             continue
         data = prepare(case, args.text, args.out_dir / f"{name}-data")
         losses = train_all(case, data, args.out_dir / name, args.device, seeds)
         write_rows(name, case, losses)
+
+
+def keep_arms(case: Case, names: tuple[str, ...]) -> Case:
+    """Return the case with those of its arms that are named."""
+    return replace(case, arms={arm: flags for arm, flags in case.arms.items() if arm in names})
 
 
 def prepare(case: Case, text: Path | None, folder: Path) -> Path:
@@ -163,6 +178,7 @@ def write_rows(name: str, case: Case, losses: dict[str, list[dict]]) -> None:
     """Write a row for each rival and one for each share of ours whose loss has a goal."""
     ours = {share: take_last(losses[f"ours-{round(case.steps * share)}"]) for share in case.shares}
     settings = {"arms": case.arms, "shape": case.shape, "data": case.data, "steps": case.steps}
+    settings["seeds"] = len(losses[f"ours-{round(case.steps * case.shares[0])}"])
     curves = {"losses": losses, "tokens_per_step": count_tokens(case.shape)}
     for rival in case.arms.keys() - {"ours"}:
         theirs = take_last(losses[f"{rival}-{case.steps}"])
@@ -174,13 +190,6 @@ def write_rows(name: str, case: Case, losses: dict[str, list[dict]]) -> None:
         values = sorted(ours[share])
         result = {"median": statistics.median(values), "low": values[0], "high": values[-1]}
         write_result(row, result, settings)
-
-
-# Losses of ours with a goal of their own: share of N -> row.
-GOALS = {
-    "cpu_shape": {0.25: "loss_cpu_shape_quarter", 1.0: "loss_cpu_shape"},
-    "gpu_shape": {0.5: "loss_gpu_shape"},
-}
 
 
 def take_last(curves: list[dict[int, float]]) -> list[float]:
@@ -195,8 +204,6 @@ def find_share(ours: dict[float, list[float]], seed: int, loss: float) -> float:
 
 def count_tokens(shape: str) -> int:
     """Return the tokens of a step of these flags."""
-    from firstwords.args import parse_train_args
-
     flags, _ = parse_train_args(shlex.split(shape))
     return flags.seq_len * flags.batch_size * flags.grad_accum
 

@@ -52,11 +52,11 @@ def test_all_arms_of_a_case_differ_in_the_optimizer_alone(name):
 
 
 LOSSES = {
-    "nanogpt-2000": [{1000: 2.0, 2000: 1.9}, {1000: 2.1, 2000: 1.8}, {2000: 1.7}],
+    "nanogpt-2000": [{1000: 2.0, 2000: 1.9}, {1000: 2.1, 2000: 1.8}, {1000: 2.0, 2000: 1.7}],
     "adamw-2000": [{2000: 1.7}, {2000: 1.7}, {2000: 1.0}],
-    "ours-500": [{500: 1.9}, {500: 1.85}, {500: 1.75}],
+    "ours-500": [{250: 2.2, 500: 1.9}, {250: 2.1, 500: 1.85}, {250: 2.3, 500: 1.75}],
     "ours-1000": [{1000: 1.65}, {1000: 1.7}, {1000: 1.71}],
-    "ours-2000": [{1000: 1.5, 2000: 1.55}, {2000: 1.57}, {2000: 1.6}],
+    "ours-2000": [{2000: 1.55}, {2000: 1.57}, {2000: 1.6}],
 }
 
 
@@ -71,4 +71,10 @@ def test_the_rows_say_after_which_share_of_the_tokens_the_loss_is_reached(tmp_pa
         "loss_cpu_shape_quarter": [1.75, 1.85, 1.9],
         "loss_cpu_shape": [1.55, 1.57, 1.6],
     }
-    assert rows["tokens_cpu_shape_vs_adamw"]["tokens_per_step"] == 768
+    losses = "2.200 (2.100 to 2.300) | 1.850 (1.750 to 1.900)"
+    assert f"| tokens_cpu_shape_vs_nanogpt | ours-500 | 384,000 | {losses} |" in record.format_curves()
+
+
+def test_rivals_that_are_not_asked_for_are_left_out():
+    case = bench_loss.keep_arms(bench_loss.CASES["cpu_shape"], ("ours", "adamw"))
+    assert list(case.arms) == ["ours", "adamw"]
