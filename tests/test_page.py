@@ -286,6 +286,17 @@ def test_tables_become_elements(shown, told):
         shown.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_a_line_of_many_bars_takes_no_time(shown):
+    rules = ["|-" * 20_000 + "x", f"|{' ' * 50_000}|{' ' * 50_000}x", f"|{'- ' * 50_000}x"]
+    text = "\n".join(line for rule in rules for line in ("|" * 9_000, rule))
+    chat = {"id": "1", "title": "bars", "turns": [{"role": "assistant", "content": text}]}
+    shown.run("localStorage.setItem('firstwords.chats', arguments[0])", json.dumps([chat]))
+    shown.driver.refresh()
+    shown.wait(lambda: shown.texts("#chats .open"))
+    shown.use("#chats .open")
+    shown.wait(lambda: len(shown.texts(".assistant .body > *")) == 1)  # for fifteen seconds
+
+
 def list_hostile(canary):
     """Return texts that act where they are taken for HTML; those with the canary's address call it."""
     bad = "window.pwned=1"
