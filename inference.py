@@ -232,7 +232,9 @@ def answer_json(session, texts: Iterable[str], follower) -> None:
     """
     refused = 0
     for text in filter(str.strip, texts):
-        session = follower.move(session) if follower else session
+        if follower and (newer := follower.move(session)) is not session:
+            session = newer
+            say(f"(now step {session.manifest['step']:,})", "dim")
         try:
             session.ask(text)
         except BadData as error:
