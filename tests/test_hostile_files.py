@@ -33,7 +33,7 @@ from firstwords.tokenizer import load_tokenizer
 
 # All that is ever opened of a model folder; the weights are mapped by the safetensors library.
 READ_BY_US = {"config.json", "manifest.json", "tokenizer.json"}
-FIGURES = {"evaluation.json", "trainer_state.json"}  # for the card of an export
+FIGURES = {"evaluation.json", "evaluation_tasks.json", "trainer_state.json"}  # for the card of an export
 OURS = ("chat", "init", "export", "prompt")
 NOT_OURS = pytest.mark.xfail(strict=True, raises=AssertionError)
 ROW = {"question": "Why?", "answer": "So."}
