@@ -165,12 +165,10 @@ def pick_device(name: str) -> tuple[str, str]:
     Raises:
         BadFlag: when this machine has no such device.
     """
-    from firstwords.model import find_device
+    from firstwords.model import explain_device, find_device
 
     device = find_device(name)
-    if name != "auto":
-        return device, ""
-    return device, " (auto: no GPU found)" if device == "cpu" else " (auto)"
+    return device, explain_device(device).replace("(", "(auto: ") if name == "auto" else ""
 
 
 def build_follower(flags):

@@ -73,7 +73,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--tokenizer",
         metavar="SPEC",
-        help="stage A's data or model folder, so that both stages have the same; or gpt2, a "
+        help="stage A's data or model folder, so that both stages have the same; or gpt2, hub:<id>, a "
         ".tiktoken file, bpe:N, char; default gpt2, for pydocs there is none",
     )
     add("--system", metavar="TEXT", help="the system prompt of conversations that have none")

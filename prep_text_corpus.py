@@ -81,8 +81,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--tokenizer",
         metavar="SPEC",
-        help="gpt2, a .tiktoken file, a folder with tokenizer.json, bpe:N (trained on this text, N "
-        "tokens) or char; default gpt2, for pydocs bpe:4096",
+        help="gpt2, hub:<id>, a .tiktoken file, a folder with tokenizer.json, bpe:N (trained on this text, "
+        "N tokens) or char; default gpt2, for pydocs bpe:4096",
     )
     add("--text_column", metavar="NAME", help="of rows; default: text, content, ... or the only one")
     add(

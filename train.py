@@ -586,12 +586,14 @@ def read_prompts(flags: TrainFlags) -> list[str]:
 
 def announce(log, flags: TrainFlags, run, resumed: Path | None) -> None:
     """Say what this run is, before the first step."""
+    from firstwords.model import explain_device
+
     data, arguments = run.train_dataset, run.args
     steps = f"{arguments.max_steps} steps" if flags.hours is None else f"{flags.hours:g} hours, steps"
     epochs = f"{len(data) / data.rows_per_epoch:.2f} epochs of " if flags.hours is None else ""
     log.say(
         f"{flags.model_dir}: {run.model.num_parameters():,} parameters on {arguments.device}"
-        f"{', bf16' if arguments.bf16 else ''}; {steps} of "
+        f"{explain_device(arguments.device.type)}{', bf16' if arguments.bf16 else ''}; {steps} of "
         f"{run.meta.tokens_per_step:,.0f} tokens, {epochs}{data.rows_per_epoch:,} rows"
     )
     if getattr(data, "num_overlong", 0):

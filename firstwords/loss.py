@@ -135,7 +135,8 @@ def score_labels(model: GPT2LMHeadModel, batch: dict[str, torch.Tensor]) -> tupl
     nats, hits = [], []
     for part, targets in zip(hidden.split(size), labels[learned].split(size), strict=True):
         logits = model.lm_head(part).float()
-        nats.append(functional.cross_entropy(logits, targets, reduction="none").double().cpu())
+        # On the CPU first: Apple's GPU has no float64.
+        nats.append(functional.cross_entropy(logits, targets, reduction="none").cpu().double())
         hits.append((logits.argmax(-1) == targets).cpu())
     return torch.cat(nats).numpy(), torch.cat(hits).numpy()
 

@@ -189,7 +189,7 @@ def test_device_auto_says_what_it_took(monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert inference.pick_device("auto") == ("cpu", " (auto: no GPU found)")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert inference.pick_device("auto") == ("mps", " (auto)")
+    assert inference.pick_device("auto") == ("mps", " (auto: Apple's GPU)")
     assert inference.pick_device("cpu") == ("cpu", "")
     with pytest.raises(BadFlag, match="--device cuda: torch .* finds none here"):
         inference.pick_device("cuda")

@@ -225,6 +225,15 @@ def find_device(name: str) -> str:
     return name
 
 
+def explain_device(device: str) -> str:
+    """Return what a run on this device says behind its name: which GPU it is, or why it is none."""
+    if device == "cuda":
+        return f" ({torch.cuda.get_device_name()})"
+    if device == "mps":
+        return " (Apple's GPU)"
+    return " (no GPU found)" if find_device("auto") == "cpu" else " (a GPU is left alone)"
+
+
 def has_bf16(device: str) -> bool:
     """Tell whether bfloat16 is computed in hardware: on a CPU, by avx512_bf16 or AMX."""
     if device == "cuda":
