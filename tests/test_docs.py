@@ -1,8 +1,8 @@
 """The documents are true: every command in them parses, every file and module they name is there.
 
 Blocks of README.md and tutorial.md are marked by what can be done with them here: `sh` is parsed, `sh run` is
-also executed (test_journey.py), `sh hub` is run on local stand-ins for sets of the Hub, and `sh gpu` is taken
-as far as the checks before training, on the data of those.
+also executed, scaled down, and `sh slow` whole, in the slow tests (test_journey.py); `sh hub` is run on local
+stand-ins for sets of the Hub, and `sh gpu` is taken as far as the checks before training, on their data.
 """
 
 import ast
@@ -36,10 +36,29 @@ from firstwords.tokenizer import load_tokenizer
 ROOT = Path(__file__).parent.parent
 TAUGHT = ("README.md", "tutorial.md")
 DOCUMENTS = (*TAUGHT, "CONTRIBUTING.md")
-KINDS = {"sh", "sh run", "sh hub", "sh gpu", "text", "json", "python"}
+KINDS = {"sh", "sh run", "sh slow", "sh hub", "sh gpu", "text", "json", "python"}
 # What commands may call besides our own scripts, and flags of those that the text names.
-FOREIGN = {"cat", "cd", "conda", "curl", "head", "ls", "pip", "source", "tail", "tensorboard", "wsl"}
-FOREIGN_FLAGS = {"--logdir", "--install"}
+FOREIGN = {
+    "accelerate",
+    "cat",
+    "cd",
+    "conda",
+    "curl",
+    "grep",
+    "head",
+    "ls",
+    "pip",
+    "sbatch",
+    "shuf",
+    "sky",
+    "source",
+    "sudo",
+    "tail",
+    "tensorboard",
+    "torchrun",
+    "wsl",
+}
+FOREIGN_FLAGS = {"--logdir", "--install", "--shutdown"}
 FILE_NAME = re.compile(r"[\w./-]+\.(py|sh|md|jsonl?|ya?ml|toml|txt|log|bin|jinja|out|safetensors)")
 PARSERS = {
     "prep_text_corpus.py": prep_text_corpus.parse_flags,
@@ -171,7 +190,9 @@ def check_command(command: Command) -> None:
     script = command.script
     if script is None:
         is_code = command.words[:2] in (("python", "-c"), ("python", "-"))
-        assert is_code or command.words[0] in FOREIGN, f"{command}: is no command that documents may call"
+        is_ours = command.words[:2] == ("python", "-m") and (ROOT / find_module(command.words[2])).is_file()
+        may_be = is_code or is_ours or command.words[0] in FOREIGN
+        assert may_be, f"{command}: is no command that documents may call"
     elif script.endswith(".sh"):
         assert (ROOT / script).stat().st_mode & 0o111, f"{command}: cannot be executed"
     else:
@@ -179,6 +200,11 @@ def check_command(command: Command) -> None:
         assert script in PARSERS, f"{command}: there is no such script"
         if "--help" not in command.flags:
             parse_command(command)
+
+
+def find_module(name: str) -> str:
+    """Return the path of a module that is called with `python -m`."""
+    return f"{name.replace('.', '/')}.py"
 
 
 def parse_command(command: Command):
@@ -225,6 +251,7 @@ def test_command_parses(command):
         "python infer.py --model_dir m",
         "./run_everything.sh",
         "A=1 python evaluate.py --model_dir m --question none && cd x",
+        "python -m docs.costs",
     ],
 )
 def test_check_command_finds_what_is_wrong(text):
@@ -257,7 +284,19 @@ cd x && ./run_all.sh; python -c "print(1); x = 2 > 1"  # another
 
 def test_kinds_of_blocks_are_known_and_all_in_use():
     assert {block.kind for document in TAUGHT for block in read_blocks(document)} == KINDS
-    assert {block.kind for block in read_blocks("CONTRIBUTING.md")} <= KINDS - {"sh run"}
+    assert {block.kind for block in read_blocks("CONTRIBUTING.md")} <= KINDS - {"sh run", "sh slow"}
+
+
+def test_the_loop_that_the_tutorial_shows_is_the_one_that_runs():
+    blocks = [block.text for block in read_blocks("tutorial.md") if block.kind == "python"]
+    shown = next(text for text in blocks if text.startswith("    for _ in range(steps):"))
+    assert shown in (ROOT / "docs/lab.py").read_text(encoding="utf-8")
+
+
+def test_the_glossary_is_in_the_order_of_the_alphabet():
+    words = [row[0].lower() for row in read_table("tutorial.md", "word")]
+    assert words == sorted(words)
+    assert len(words) >= 40
 
 
 def test_commands_of_run_all_are_taught():
@@ -501,4 +540,4 @@ def test_exit_codes_are_those_of_the_errors():
 @pytest.mark.parametrize("document", [*DOCUMENTS, "run_all.sh"])
 def test_nothing_is_left_to_be_filled_in(document):
     text = (ROOT / document).read_text(encoding="utf-8")
-    assert not re.findall(r"@@\w+@@|^TRANSCRIPT$|FP32_MINUTES", text, flags=re.MULTILINE)
+    assert not re.findall(r"@@\w+@@|^TRANSCRIPT$|FP32_MINUTES|TO BE PASTED", text, flags=re.MULTILINE)

@@ -1,6 +1,7 @@
 """The whole journey in processes of their own: the five scripts in turn, and the tutorial as it stands.
 
-The tutorial's `sh run` blocks are executed in order in one folder, scaled down by the table of its last part.
+The tutorial's `sh run` blocks are executed in order in one folder, scaled down by the table of its last part;
+its experiments, `sh slow`, whole and on what those made.
 """
 
 import json
@@ -53,7 +54,7 @@ def read_json(path: Path) -> dict:
 
 def link_clone(folder: Path) -> None:
     """Make a folder look like a clone, as far as the tutorial's commands need it."""
-    for name in (*PARSERS, "firstwords", "configs"):
+    for name in (*PARSERS, "firstwords", "configs", "docs"):
         (folder / name).symlink_to(ROOT / name)
 
 
@@ -176,3 +177,73 @@ def test_the_tutorial_runs_as_it_stands(environment, tmp_path):
     for run in ("parrot", "pydocs_text", "pydocs_chat"):
         assert (tmp_path / "runs" / run / "COMPLETE").read_text() == "step 4\n"
     assert read_json(tmp_path / "runs/pydocs_chat/evaluation.json")["val_loss"] > 0
+
+
+# --- the tutorial's experiments
+
+
+# What is other here than where the page was written: fewer documents of Python's, and made-up names.
+OTHER_DATA = r"pydocs|docs\.sizes|names\.txt"
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e-?\d+)?")
+
+
+def check_alike(shown: str, printed: str) -> None:
+    """Compare what an experiment printed with the page: the same words, and numbers as on another machine.
+
+    Numbers may differ by a quarter, or by 0.02; lines with `...` stand for what was left out.
+    """
+    lines = [(NUMBER.sub("#", line), read_numbers(line)) for line in printed.splitlines()]
+    for line in shown.splitlines():
+        if "..." in line:
+            continue
+        words, numbers = NUMBER.sub("#", line), read_numbers(line)
+        near = [there for text, there in lines if text.split() == words.split()]
+        assert any(are_near(numbers, there) for there in near), f"{line!r} is not like any of\n{printed}"
+
+
+def read_numbers(line: str) -> list[float]:
+    """Return the numbers of a line."""
+    return [float(number.replace(",", "")) for number in NUMBER.findall(line)]
+
+
+def are_near(some: list[float], others: list[float]) -> bool:
+    """Tell whether numbers are those of another machine."""
+    pairs = zip(some, others, strict=True)
+    return all(abs(one - other) <= max(0.25 * abs(one), 0.02) for one, other in pairs)
+
+
+@pytest.mark.parametrize(
+    ("printed", "is_alike"),
+    [
+        ("loss 1.10 'ab'\nstep 3\n", True),
+        ("loss 1.10   'ab'\nmore\nstep 3\n", True),
+        ("loss 1.40 'ab'\nstep 3\n", False),
+        ("loss 1.00 'ac'\nstep 3\n", False),
+        ("loss 1.00 'ab'\n", False),
+    ],
+)
+def test_check_alike_sees_other_words_and_far_numbers(printed, is_alike):
+    shown = "loss 1.00 'ab'\n...\nstep 3\n"
+    if is_alike:
+        check_alike(shown, printed)
+    else:
+        with pytest.raises(AssertionError):
+            check_alike(shown, printed)
+
+
+@pytest.mark.slow
+def test_the_experiments_of_the_tutorial_show_what_it_says(environment, tmp_path):
+    link_clone(tmp_path)
+    names = ["".join(random.Random(n).choices("aeilmnorst", k=3 + n % 5)) for n in range(600)]
+    (tmp_path / "names.txt").write_text("\n".join(sorted(set(names))) + "\n")
+    blocks = read_blocks("tutorial.md")
+    compared = 0
+    for block, following in zip(blocks, blocks[1:], strict=False):
+        if block.kind == "sh run":
+            run_bash(scale_down(block.text, read_scaling()), tmp_path)
+        elif block.kind == "sh slow":
+            printed = run_bash(block.text, tmp_path)
+            if following.kind == "text" and not re.search(OTHER_DATA, block.text):
+                check_alike(following.text, printed)
+                compared += 1
+    assert compared >= 8

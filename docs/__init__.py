@@ -1,0 +1,1 @@
+"""What the tutorial's experiments and pictures are made with; no part of the package."""

@@ -1,0 +1,1 @@
+"""The pictures of the tutorial, and the script that draws them."""
