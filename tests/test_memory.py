@@ -4,18 +4,29 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import GPT2Config
 
-from firstwords.memory import count_state_bytes, count_weights, predict_memory
+from firstwords.memory import (
+    count_activation_bytes,
+    count_state_bytes,
+    count_weights,
+    measure_step,
+    predict_memory,
+)
 from firstwords.model import GPT2LMHeadModel, read_config
+from firstwords.recompute import LEVELS
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
 SHAPES = ("small_test", "baseline_124m", "baseline_355m")
+MIB = 1 << 20
+STOCK = {"activation_function": "gelu_new", "resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
 
 def shape(name: str, **changes) -> GPT2Config:
     """Return a model configuration of ours, with the vocabulary of GPT-2 and our control tokens."""
-    return GPT2Config(**read_config(MODELS / f"{name}.json") | {"vocab_size": 50304} | changes)
+    values = read_config(MODELS / f"{name}.json") | {"vocab_size": 50304} | changes
+    return GPT2Config(**values, bos_token_id=0, eos_token_id=0)
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -23,10 +34,77 @@ def test_weights_are_counted_from_the_shape(name):
     config = shape(name)
     with torch.device("meta"):
         model = GPT2LMHeadModel(config)
+    count = sum(p.numel() for p in model.transformer.h.parameters() if p.ndim > 1)
+    assert count_weights(config).hidden == count
     assert count_weights(config).total == sum(p.numel() for p in model.parameters())
-    assert count_weights(config).hidden == sum(
-        p.numel() for p in model.transformer.h.parameters() if p.ndim > 1
-    )
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("activation", ["gelu_new", "gelu_pytorch_tanh"])
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("recompute", LEVELS)
+def test_the_formula_of_what_is_kept_is_the_meters(name, activation, bf16, recompute):
+    config = shape(name, activation_function=activation, n_layer=2, vocab_size=128)
+    run = {"bf16": bf16, "recompute": recompute}
+    counted = measure_step(config, batch_size=2, seq_len=512, **run).activations
+    assert 2 * 512 * count_activation_bytes(config, **run) == pytest.approx(counted, rel=0.01)
+
+
+def test_without_recomputation_autograd_keeps_what_the_meter_counts():
+    """The meter counts what lives; here only what autograd itself says that it saves is."""
+    config = shape("small_test", n_layer=2)
+    saved = {}
+
+    def remember(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    model = GPT2LMHeadModel(config).train()
+    weights = {parameter.data_ptr() for parameter in model.parameters()}
+    ids = torch.zeros(2, 512, dtype=torch.long)
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        hidden = model.compute_hidden(ids)
+    assert hidden.requires_grad
+    total = sum(size for place, size in saved.items() if place not in weights)
+    assert total == pytest.approx(1024 * count_activation_bytes(config, bf16=False), rel=0.01)
+
+
+# With `full`, in float32, 124M needs most where the embedding's two gradients are added: tensors without
+# contents make that sum anew, real ones in place.
+@pytest.mark.parametrize(
+    ("name", "recompute"),
+    [*(("small_test", level) for level in LEVELS), ("baseline_124m", "none"), ("baseline_124m", "selective")],
+)
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_predicted_peak_is_the_meters(name, bf16, recompute):
+    run = {"batch_size": 4, "seq_len": 1024, "bf16": bf16, "recompute": recompute}
+    memory = predict_memory(shape(name), device="cpu", **run)
+    beside = memory.total - memory.weights - memory.optimizer
+    assert beside == pytest.approx(measure_step(shape(name), **run).peak, rel=0.03)
+
+
+def test_a_row_of_355m_takes_at_most_600_mib_of_activations():
+    run = {"batch_size": 1, "seq_len": 1024, "bf16": True}
+    step = measure_step(shape("baseline_355m"), recompute="selective", **run)
+    assert step.activations <= 600 * MIB
+    assert step.casts == 0
+
+
+def test_the_stock_setup_takes_2655_mib():
+    run = {"seq_len": 1024, "bf16": True, "model_class": transformers.GPT2LMHeadModel}
+    one, two = (measure_step(shape("baseline_355m", **STOCK), batch_size=size, **run).peak for size in (1, 2))
+    assert (two - one) / MIB == pytest.approx(2655, rel=0.01)
+
+
+def test_16_rows_of_355m_fit_a_card_of_16_gb():
+    run = {"seq_len": 1024, "bf16": True, "optim": "muon"}
+    ours = predict_memory(shape("baseline_355m"), batch_size=16, recompute="selective", **run)
+    assert ours.total < 15 << 30
+    stock = shape("baseline_355m", **STOCK)
+    rows = [
+        predict_memory(stock, batch_size=size, whole_logits=True, **run | {"optim": ""}) for size in (3, 4)
+    ]
+    assert rows[0].total < 15 << 30 < rows[1].total
 
 
 def test_muon_keeps_one_momentum_of_the_matrices_where_adamw_keeps_two():

@@ -39,6 +39,11 @@ def shift_labels(labels: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
 
 
+def count_rows(device: str, vocab_size: int) -> int:
+    """Return the rows whose logits are made at a time."""
+    return max(64, _AT_ONCE.get(device, 1 << 25) // vocab_size // 64 * 64)
+
+
 @torch.compiler.disable  # each number of labels would be a graph of its own, with the layers in it
 def sum_learned(
     hidden: torch.Tensor,
@@ -90,7 +95,7 @@ class _SumCrossEntropy(torch.autograd.Function):
         if wants_gradient:
             by_row, by_head = torch.empty_like(rows), torch.zeros_like(head)
         total = hidden.new_zeros((), dtype=torch.float32)
-        size = max(64, _AT_ONCE.get(hidden.device.type, 1 << 25) // len(head) // 64 * 64)
+        size = count_rows(hidden.device.type, len(head))
         for begin in range(0, len(rows), size):
             piece = rows[begin : begin + size]
             nats, by_logits = score(piece @ weight.T, targets[begin : begin + size])
@@ -105,7 +110,9 @@ class _SumCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream):
         by_row, by_head = ctx.gradients
-        return by_row * upstream, by_head * upstream, None, None, None
+        # The loss keeps this node to the end of the backward pass, and would keep them with it.
+        del ctx.gradients
+        return by_row.mul_(upstream), by_head.mul_(upstream), None, None, None
 
 
 def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
