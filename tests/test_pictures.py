@@ -74,6 +74,11 @@ def test_measured_figures_are_those_of_the_page():
         lowest = min(losses)
         assert f"val loss {lowest:.4f}" in text, f"{name}: {lowest} at step {steps[losses.index(lowest)]}"
 
+    for name, bar in figures["memory"].items():
+        shape, recompute = name.lower().split(", recomputed: ")
+        total = float(re.search(rf"^{shape} {recompute} +([\d.]+):", text, re.M)[1])
+        assert sum(bar.values()) == pytest.approx(total, abs=0.3)
+
 
 def test_an_unknown_word_is_answered_with_the_help():
     ended = subprocess.run(
