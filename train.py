@@ -16,6 +16,8 @@ import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -35,6 +37,7 @@ from firstwords.errors import (
     Stopped,
     suggest,
 )
+from firstwords.ranks import Ranks, join_ranks
 from firstwords.signals import STOP, StopWish
 
 MODELS = Path(__file__).parent / "configs" / "models"
@@ -54,22 +57,30 @@ PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 
 
 def main(argv: list[str]) -> None:
-    """Parse the flags, take the lock of the run, train."""
-    flags, extra = parse_train_args(argv, __doc__)
-    check_flags(flags)
-    is_new = not flags.model_dir.exists()
-    wish = StopWish(flags.model_dir)
-    with atomic.lock_folder(flags.model_dir):
-        atomic.sweep_leftovers(flags.model_dir)
+    """Meet the other processes of the run, parse the flags, take the lock of the run, train."""
+    with join_ranks() as ranks:
+        flags, extra = parse_train_args(argv, __doc__)
+        check_flags(flags)
+        wish = StopWish(flags.model_dir, is_shared=ranks.size > 1)
+        with hold_folder(flags.model_dir) if ranks.is_first else nullcontext():
+            train_and_go_back(flags, extra, wish, ranks)
+
+
+@contextmanager
+def hold_folder(model_dir: Path) -> Iterator[None]:
+    """Hold the lock of the run; of one that is refused before it begins nothing is left."""
+    is_new = not model_dir.exists()
+    with atomic.lock_folder(model_dir):
+        atomic.sweep_leftovers(model_dir)
         try:
-            train_and_go_back(flags, extra, wish)
+            yield
         except FirstwordsError:
-            if is_new and [path.name for path in flags.model_dir.iterdir()] == [".lock"]:
-                shutil.rmtree(flags.model_dir)
+            if is_new and [path.name for path in model_dir.iterdir()] == [".lock"]:
+                shutil.rmtree(model_dir)
             raise
 
 
-def train_and_go_back(flags: TrainFlags, extra: dict, wish: StopWish) -> None:
+def train_and_go_back(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks) -> None:
     """Train; with `--on_nan rollback` go back for each batch that breaks a step, and leave it out.
 
     What was left out stands in the manifest of every checkpoint from then on. A run that is killed before
@@ -82,13 +93,14 @@ def train_and_go_back(flags: TrainFlags, extra: dict, wish: StopWish) -> None:
     skipped = ()
     while True:
         try:
-            train(flags, extra, wish, skipped)
+            train(flags, extra, wish, ranks, skipped)
             return
         except BadBatch as error:
             if flags.on_nan == "stop" or len(error.skipped) > flags.max_rollbacks:
                 raise
             skipped = error.skipped
-            print_line(f"rollback {len(skipped)} of {flags.max_rollbacks}: {error}", sys.stderr)
+            if ranks.is_first:
+                print_line(f"rollback {len(skipped)} of {flags.max_rollbacks}: {error}", sys.stderr)
         except Exception:
             wish.check_startup()
             raise
@@ -145,23 +157,25 @@ def check_hours(flags: TrainFlags) -> None:
             )
 
 
-def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ...]) -> None:
+def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped: tuple[int, ...]) -> None:
     """Build everything, train, and end with the finished model in the run folder.
 
     Args:
         flags: ours.
         extra: fields of `TrainingArguments` beside them.
         wish: ends the start-up, and later asks for a save.
+        ranks: this process among those of the run; the first looks after the folder.
         skipped: batches to leave out, beside those that the checkpoint names.
     """
     from firstwords import checkpoint, trainer
     from firstwords.dataset import collate, open_train, open_val
     from firstwords.model import quiet_transformers
     from firstwords.model.attention import check_attention
+    from firstwords.pace import KeepPace
     from firstwords.recompute import set_recompute
 
     quiet_transformers()
-    flags.device = choose_device(flags)
+    flags.device = choose_device(flags, extra)
     tokenizer = open_tokenizer(flags)
     options = {"assistant_only": flags.assistant_only_loss, "overlong": flags.overlong}
     model, parent = open_model(flags, tokenizer)
@@ -171,17 +185,18 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ..
     set_recompute(model, flags.recompute)
     train_set = open_train(flags.data_dir, tokenizer, flags.seq_len, seed=flags.seed, **options)
     val_set = open_val(flags.data_dir, tokenizer, flags.seq_len, **options)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    max_steps = trainer.count_steps(flags, train_set.rows_per_epoch, world_size)
+    max_steps = trainer.count_steps(flags, train_set.rows_per_epoch)
     data = {"data": train_set.hash, "val_data": val_set.hash}
-    meta = build_meta(flags, extra, model.config, train_set, data, tokenizer, parent, max_steps, world_size)
+    meta = build_meta(flags, extra, model.config, train_set, data, tokenizer, parent, max_steps)
     pace = build_pace(flags, max_steps)
-    resumed = find_resumed(flags, meta.fixed, pace)
+    resumed = share_resumed(flags, meta.fixed, pace, ranks)
     if checkpoint.read_step(resumed) >= pace.find_end(checkpoint.read_step(resumed)):
-        close_run(flags, resumed)
+        if ranks.is_first:
+            close_run(flags, resumed)
         return
-    check_disk(flags, model, max_steps)
-    arguments = trainer.build_training_arguments(flags, extra, max_steps)
+    if ranks.is_first:
+        check_disk(flags, model, max_steps)
+    arguments = trainer.build_training_arguments(flags, extra, max_steps, ranks.size)
     run = trainer.RunTrainer(
         model,
         arguments,
@@ -193,10 +208,16 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ..
         optimizer_cls_and_kwargs=trainer.choose_optimizer(flags, arguments),
         skipped=skipped or read_skipped(resumed),
         pace=pace,
+        wish=wish,
     )
-    log = add_callbacks(run, flags, tokenizer, first_step=checkpoint.read_step(resumed))
+    log = None
+    run.add_callback(KeepPace(pace, flags.model_dir, lambda line: log and log.say(line)))
+    run.add_callback(trainer.PendingLoss(run))
+    run.add_callback(trainer.LastStep())
+    if ranks.is_first:
+        log = add_callbacks(run, flags, tokenizer, first_step=checkpoint.read_step(resumed))
+        announce(log, flags, run, resumed)
     run.add_callback(trainer.StopOnSignal(wish))
-    announce(log, flags, run, resumed)
     wish.check_startup()
     wish.defer()
     try:
@@ -216,7 +237,8 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, skipped: tuple[int, ..
             "gone on from with --allow_change batch_size,grad_accum"
         ) from None
     finally:
-        log.close()
+        if log is not None:
+            log.close()
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -257,18 +279,36 @@ def close_run(flags: TrainFlags, folder: Path) -> None:
     print_line(line, sys.stdout)
 
 
-def choose_device(flags: TrainFlags) -> str:
+def choose_device(flags: TrainFlags, extra: dict) -> str:
     """Return `cpu`, `cuda` or `mps`, and refuse what the machine cannot do.
 
     Raises:
-        BadFlag: for a device that is not there, or bf16 that it has not.
+        BadFlag: for a device that is not there, bf16 that it has not, FSDP without GPUs (accelerate would
+            train with plain DDP and say nothing), or more processes than GPUs.
     """
+    from torch import cuda
+
     from firstwords.model import find_device, has_bf16
 
     device = find_device(flags.device)
     if flags.bf16 and not has_bf16(device):
         raise BadFlag(f"--bf16: this {device} cannot compute in bfloat16; leave it out")
+    if asks_fsdp(extra) and device != "cuda":
+        raise BadFlag(f"--device {device}: FSDP needs GPUs; take configs/accelerate/ddp.yaml or torchrun")
+    if asks_fsdp(extra) and flags.optim == "muon":
+        raise BadFlag("--optim muon: needs whole matrices, which FSDP cuts; take configs/accelerate/ddp.yaml")
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "cuda" and processes > cuda.device_count():
+        raise BadFlag(
+            f"--device cuda: {processes} processes were started on this machine, and its GPUs are "
+            f"{cuda.device_count()}; start one for each"
+        )
     return device
+
+
+def asks_fsdp(extra: dict) -> bool:
+    """Tell whether FSDP was asked for, by a flag or by accelerate's launcher."""
+    return bool(extra.get("fsdp")) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def open_tokenizer(flags: TrainFlags):
@@ -366,7 +406,7 @@ def check_context(flags: TrainFlags, model) -> None:
         )
 
 
-def build_meta(flags, extra, config, train_set, data, tokenizer, parent, max_steps, world_size):
+def build_meta(flags, extra, config, train_set, data, tokenizer, parent, max_steps):
     """Return what every manifest of the run says; `compare` in it is what resuming holds fast."""
     from firstwords import trainer
     from firstwords.model import CONFIG_KEYS
@@ -379,7 +419,7 @@ def build_meta(flags, extra, config, train_set, data, tokenizer, parent, max_ste
         **data,
         "tokenizer": tokenizer.hash,
         "init_weights": parent.get("weights", "random"),
-        "world_size": str(world_size),
+        **({"fsdp": "True"} if asks_fsdp(extra) else {}),  # its checkpoints hold other files
     }
     versions = {name: version(name) for name in PACKAGES}
     fixed = {
@@ -394,7 +434,7 @@ def build_meta(flags, extra, config, train_set, data, tokenizer, parent, max_ste
         "versions": {"python": platform.python_version()} | versions,
     }
     fixed["flags"].pop("model_dir")
-    rows = trainer.rows_per_step(flags, world_size)
+    rows = trainer.rows_per_step(flags)
     return trainer.RunMeta(fixed, rows * train_set.tokens_per_row, flags.save_total_limit)
 
 
@@ -411,6 +451,30 @@ def build_pace(flags: TrainFlags, max_steps: int):
     from firstwords.pace import Pace
 
     return Pace(max_steps, decay_steps=flags.decay_steps, min_lr_ratio=flags.min_lr_ratio, hours=flags.hours)
+
+
+def share_resumed(flags: TrainFlags, fixed: dict, pace, ranks: Ranks) -> Path | None:
+    """Return what the first process finds to go on from; see `find_resumed`.
+
+    Raises:
+        MissingInput: when it is on another machine's disk.
+    """
+    from firstwords import checkpoint
+
+    def find() -> str | None:
+        folder = find_resumed(flags, fixed, pace)
+        return str(folder) if folder else None
+
+    found = ranks.ask_first(find)
+    if found and not Path(found).is_dir():
+        raise MissingInput(
+            f"{found}: process {ranks.rank} on {platform.node()} does not see it; put --model_dir on a disk "
+            "that all machines share"
+        )
+    if not found:
+        return None
+    pace.resume(checkpoint.read_manifest(Path(found)))
+    return Path(found)
 
 
 def find_resumed(flags: TrainFlags, fixed: dict, pace) -> Path | None:
@@ -470,7 +534,6 @@ def add_callbacks(run, flags: TrainFlags, tokenizer, *, first_step: int):
     """Attach all that watches over the run, in the order in which it hears of things; return the log."""
     from firstwords import monitor, samples, trainer
     from firstwords.health import read_checks
-    from firstwords.pace import KeepPace
 
     reporters = monitor.parse_report_to(flags.report_to)
     items = read_eval_items(flags)
@@ -486,9 +549,6 @@ def add_callbacks(run, flags: TrainFlags, tokenizer, *, first_step: int):
     log.writer = monitor.Writers(
         log.writer, *(monitor.Reporter(name, flags.model_dir, config) for name in reporters)
     )
-    run.add_callback(KeepPace(run.pace, flags.model_dir, log.say))
-    run.add_callback(trainer.PendingLoss(run))
-    run.add_callback(trainer.LastStep())
     run.add_callback(trainer.Throughput(run))
     run.add_callback(monitor.Hardware(run))
     run.add_callback(log)
@@ -589,11 +649,13 @@ def announce(log, flags: TrainFlags, run, resumed: Path | None) -> None:
     from firstwords.model import explain_device
 
     data, arguments = run.train_dataset, run.args
+    how = ", bf16" if arguments.bf16 else ""
+    how += f" in {arguments.world_size} processes" if arguments.world_size > 1 else ""
     steps = f"{arguments.max_steps} steps" if flags.hours is None else f"{flags.hours:g} hours, steps"
     epochs = f"{len(data) / data.rows_per_epoch:.2f} epochs of " if flags.hours is None else ""
     log.say(
-        f"{flags.model_dir}: {run.model.num_parameters():,} parameters on {arguments.device}"
-        f"{explain_device(arguments.device.type)}{', bf16' if arguments.bf16 else ''}; {steps} of "
+        f"{flags.model_dir}: {run.model.num_parameters():,} parameters on {arguments.device.type}"
+        f"{explain_device(arguments.device.type)}{how}; {steps} of "
         f"{run.meta.tokens_per_step:,.0f} tokens, {epochs}{data.rows_per_epoch:,} rows"
     )
     if getattr(data, "num_overlong", 0):
@@ -620,6 +682,8 @@ def finish(run, flags: TrainFlags, log, wish: StopWish) -> None:
             f"{flags.model_dir}: stopped by {wish.reason} and saved at step {step} of "
             f"{run.state.max_steps}; the same command goes on"
         )
+    if log is None:
+        return
     checkpoint.publish_final(checkpoint.list_checkpoints(flags.model_dir)[0], flags.model_dir)
     for name in (STOP, COOLDOWN):  # that came when the last step was being done
         (flags.model_dir / name).unlink(missing_ok=True)

@@ -10,6 +10,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     0  signals      a signal or the file STOP -> a wish to stop
     0  hub          a model's name on the Hub -> its files in the cache
     0  parts        units of work -> parts on disk, in processes, gone on with after a kill
+    1  ranks        the processes of a run -> one of them is first, and all have the same end
     1  pages        texts and numbers -> the parts of HTML and Markdown
     1  pydocs       the embedded corpus: the documentation of the installed Python
     1  tokenizer    GPT-2's BPE, own BPE, characters; control tokens

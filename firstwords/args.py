@@ -115,7 +115,7 @@ def run_main(main, argv: list[str] | None = None) -> None:
     except (FirstwordsError, KeyboardInterrupt, OSError) as error:
         if "--debug" in argv:
             traceback.print_exc()
-        code, text = _describe_error(error)
+        code, text = describe_error(error)
         print_line(f"error: {_escape(text)}", sys.stderr)
         sys.exit(code)
     sys.exit(0)
@@ -126,7 +126,8 @@ def _escape(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def _describe_error(error: BaseException) -> tuple[int, str]:
+def describe_error(error: BaseException) -> tuple[int, str]:
+    """Return the exit code and the line of what a user can cause."""
     if isinstance(error, FirstwordsError):
         return error.exit_code, str(error)
     if isinstance(error, OSError):
@@ -149,7 +150,7 @@ class TrainFlags:
     recipe: Path = _flag(None, "flat YAML of flags; flags on the command line beat it")
     seq_len: int = _flag(1024, "tokens in a row, at most n_positions")
     batch_size: int = _flag(8, "rows in a micro-batch")
-    grad_accum: int = _flag(1, "micro-batches in an optimizer step")
+    grad_accum: int = _flag(1, "micro-batches in an optimizer step, over all processes")
     lr: float = _flag(6e-4, "highest learning rate")
     warmup_steps: float = _flag(0.02, "optimizer steps of warm-up; below 1 a share of --max_steps")
     max_steps: int = _flag(None, "optimizer steps in all")

@@ -39,6 +39,7 @@ JSON_BYTES = 1 << 20
 
 # Of a checkpoint, what only its own run needs to go on.
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "trainer_state.json")
+STATE_FILES += ("optimizer.bin", "pytorch_model_fsdp.bin")  # of FSDP
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What old GPT-2 files hold beside the weights: the causal mask.
 _BUFFERS = (".attn.bias", ".attn.masked_bias")

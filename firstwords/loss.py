@@ -9,6 +9,7 @@ one set under an assistant mask, measured with transformers 5.23.)
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -112,6 +113,27 @@ def evaluate_loss(
     by_position = {1 << power: part for power, part in positions.parts().items()}
     by_turn = {turn: part for turn, part in turns.parts().items() if turn}
     return Loss(float(positions.nats.sum()), tokens, num_bytes, correct, by_position, by_turn)
+
+
+def sum_losses(losses: Sequence[Loss]) -> Loss:
+    """Return the loss over the rows of all, each of which stood for some of them."""
+    numbers = {
+        name: sum(getattr(loss, name) for loss in losses)
+        for name in ("nats", "tokens", "num_bytes", "correct")
+    }
+    parts = {
+        name: _sum_parts([getattr(loss, name) for loss in losses]) for name in ("by_position", "by_turn")
+    }
+    return Loss(**numbers, **parts)
+
+
+def _sum_parts(shares: Sequence[dict[int, Part]]) -> dict[int, Part]:
+    places = sorted({place for share in shares for place in share})
+    found = {place: [share[place] for share in shares if place in share] for place in places}
+    return {
+        place: Part(sum(part.nats for part in parts), sum(part.tokens for part in parts))
+        for place, parts in found.items()
+    }
 
 
 def score_labels(model: GPT2LMHeadModel, batch: dict[str, torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -20,11 +21,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch.utils.data import Sampler
+from torch import distributed
+from torch.utils.data import Sampler, Subset
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
@@ -36,7 +39,8 @@ from transformers.trainer_callback import ExportableState
 from firstwords import atomic, checkpoint
 from firstwords.args import TrainFlags, print_line
 from firstwords.errors import BadBatch, BadFlag, Diverged, IOFailed
-from firstwords.loss import evaluate_loss
+from firstwords.loss import evaluate_loss, sum_losses
+from firstwords.model import GPT2LMHeadModel
 from firstwords.optimizer import MuonAdamWFactory
 from firstwords.pace import HORIZON, Pace, agree
 from firstwords.schema import mask_control
@@ -44,7 +48,7 @@ from firstwords.signals import StopWish
 from firstwords.tokenizer import Tokenizer
 
 
-def count_steps(flags: TrainFlags, rows_per_epoch: int, world_size: int) -> int:
+def count_steps(flags: TrainFlags, rows_per_epoch: int) -> int:
     """Return the optimizer steps of the run, from `--max_steps` or `--epochs`; `HORIZON` with `--hours`.
 
     Raises:
@@ -54,28 +58,52 @@ def count_steps(flags: TrainFlags, rows_per_epoch: int, world_size: int) -> int:
         raise BadFlag("--max_steps: give either --max_steps or --epochs or --hours")
     steps = HORIZON if flags.hours is not None else flags.max_steps
     if steps is None:
-        steps = math.ceil(flags.epochs * rows_per_epoch / rows_per_step(flags, world_size))
+        steps = math.ceil(flags.epochs * rows_per_epoch / rows_per_step(flags))
     if steps < 1:
         raise BadFlag(f"--max_steps: {steps} steps train nothing; give 1 or more")
     return steps
 
 
-def rows_per_step(flags: TrainFlags, world_size: int) -> int:
-    """Return the rows in an optimizer step, over micro-batches and processes."""
-    return flags.batch_size * flags.grad_accum * world_size
+def rows_per_step(flags: TrainFlags) -> int:
+    """Return the rows in an optimizer step, over micro-batches and processes: the same for any number."""
+    return flags.batch_size * flags.grad_accum
 
 
-def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> TrainingArguments:
+def share_micro_batches(flags: TrainFlags, world_size: int) -> int:
+    """Return the micro-batches of a step in each process.
+
+    Raises:
+        BadFlag: when they cannot be shared evenly, naming flags for which they can.
+    """
+    if flags.grad_accum % world_size == 0:
+        return flags.grad_accum // world_size
+    rows = rows_per_step(flags)
+    fitting = [size for size in range(flags.batch_size, 0, -1) if rows % (size * world_size) == 0]
+    if fitting:
+        would = f"--batch_size {fitting[0]} --grad_accum {rows // fitting[0]} has the same rows in a step"
+    else:
+        would = f"give --grad_accum {math.ceil(flags.grad_accum / world_size) * world_size}"
+    raise BadFlag(
+        f"--grad_accum {flags.grad_accum}: the micro-batches of a step cannot be shared evenly among "
+        f"{world_size} processes; {would}"
+    )
+
+
+def build_training_arguments(
+    flags: TrainFlags, extra: dict, max_steps: int, world_size: int = 1
+) -> TrainingArguments:
     """Turn our flags into `TrainingArguments`.
 
     Args:
         flags: ours.
         extra: fields of `TrainingArguments` named beside them.
         max_steps: optimizer steps in all.
+        world_size: processes of the run.
 
     Raises:
-        BadFlag: for a value that it refuses, an optimizer whose package is not installed, or
-            checkpoints from which Trainer would go on with a fresh optimizer and say nothing.
+        BadFlag: for a value that it refuses, micro-batches that the processes cannot share, an optimizer
+            whose package is not installed, or checkpoints from which Trainer would go on with a fresh
+            optimizer and say nothing.
     """
     if "bnb" in flags.optim and find_spec("bitsandbytes") is None:
         raise BadFlag(f"--optim {flags.optim}: bitsandbytes is not installed; pip install bitsandbytes")
@@ -98,7 +126,7 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
         "output_dir": str(flags.model_dir),
         "per_device_train_batch_size": flags.batch_size,
         "per_device_eval_batch_size": flags.batch_size,
-        "gradient_accumulation_steps": flags.grad_accum,
+        "gradient_accumulation_steps": share_micro_batches(flags, world_size),
         "learning_rate": flags.lr,
         "lr_scheduler_type": flags.lr_scheduler_type,
         "warmup_steps": _count(flags.warmup_steps, max_steps),
@@ -122,6 +150,9 @@ def build_training_arguments(flags: TrainFlags, extra: dict, max_steps: int) -> 
         # Else each batch would wait for all that the GPU has still to do.
         "accelerator_config": {"non_blocking": flags.device == "cuda"},
         "prediction_loss_only": True,
+        # Every weight has a part in every loss, and the first process says what there is to say.
+        "ddp_find_unused_parameters": False,
+        "log_level_replica": "error",
         "remove_unused_columns": False,
         "disable_tqdm": True,
         "report_to": "none",
@@ -198,6 +229,9 @@ class RunMeta:
 class RunSampler(Sampler[int]):
     """The rows of a run in order, but for the batches that are left out.
 
+    Micro-batch `m` of a step goes to process `m % processes` (accelerate's `BatchSamplerShard`): what a
+    process trains on is a function of seed, step and rank, and all together train on what one alone would.
+
     Args:
         num_rows: rows of the whole run.
         rows_per_step: rows in an optimizer step, over micro-batches and processes.
@@ -238,6 +272,7 @@ class RunTrainer(transformers.Trainer):
         optimizer_cls_and_kwargs: from `choose_optimizer`.
         skipped: batches that are left out, see `RunSampler`.
         pace: what ends the run, when it is not `args.max_steps` alone.
+        wish: with several processes, what a signal to any of them asks of all.
     """
 
     def __init__(
@@ -253,6 +288,7 @@ class RunTrainer(transformers.Trainer):
         optimizer_cls_and_kwargs=None,
         skipped: tuple[int, ...] = (),
         pace: Pace | None = None,
+        wish: StopWish | None = None,
     ):
         train_set.num_rows = (
             args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
@@ -277,18 +313,27 @@ class RunTrainer(transformers.Trainer):
         self._staging: Path | None = None
         self._has_failed_to_save = False
         self._verified: dict[Path, tuple] = {}
-        # Trainer makes these when it trains, but asks PendingLoss for its state before.
-        self._tr_loss, self._globalstep_last_logged = torch.tensor(0.0), 0
+        self.wish, self.pending_loss = wish, 0.0
+        self._rng_files: dict[str, bytes] = {}
+        # Trainer makes it when it trains, but asks PendingLoss for its state before.
+        self._globalstep_last_logged = 0
+        if args.world_size > 1:  # Trainer has seeded all processes alike: their dropout is to differ
+            transformers.set_seed(args.seed + args.process_index)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Return the loss over the whole val set, weighted by tokens; log it and tell the callbacks."""
-        loss = evaluate_loss(
-            self.model,
-            self.eval_dataset,
-            self.tokenizer,
-            batch_size=self.args.per_device_eval_batch_size,
-            bf16=self.args.bf16,
-        )
+        model, places = self._find_whole_model()
+        shares = []
+        if model is not None:
+            share = evaluate_loss(
+                model,
+                Subset(self.eval_dataset, places),
+                self.tokenizer,
+                batch_size=self.args.per_device_eval_batch_size,
+                bf16=self.args.bf16,
+            )
+            shares.append(share)
+        loss = sum_losses([share for shares in self._gather(shares) for share in shares])
         if not math.isfinite(loss.mean):
             raise Diverged(f"step {self.state.global_step}: the val loss is {loss.mean}; lower --lr")
         metrics = {
@@ -298,8 +343,34 @@ class RunTrainer(transformers.Trainer):
             "eval_accuracy": loss.accuracy,
         }
         self.log(metrics)
+        self.callback_handler.model = model
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.callback_handler.model = self.model
         return metrics
+
+    def _find_whole_model(self) -> tuple[GPT2LMHeadModel | None, range]:
+        """Return a model that this process can ask alone, and which val rows it is to ask.
+
+        Under FSDP each process has a part of every matrix. There the first gets a copy of the whole and asks
+        all rows, and the others get None.
+        """
+        place, count, num_rows = self.args.process_index, self.args.world_size, len(self.eval_dataset)
+        if not self.is_fsdp_enabled:
+            return self.model, range(place, num_rows, count)
+        weights = self.accelerator.get_state_dict(self.model)
+        if place:
+            return None, range(0)
+        whole = GPT2LMHeadModel(self.model.config)
+        whole.load_state_dict(weights)
+        return whole.to(self.args.device), range(num_rows)
+
+    def _gather(self, value) -> list:
+        """Return the values of all processes, in their order."""
+        values = [value]
+        if self.args.world_size > 1:
+            values *= self.args.world_size
+            distributed.all_gather_object(values, value)
+        return values
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what follows from the loss and the step; rates go to the callbacks, never into the state."""
@@ -354,23 +425,45 @@ class RunTrainer(transformers.Trainer):
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP shards it
         # The only wait for the GPU in a step: both are read at once, and the weights wait for them.
         values = torch.stack([torch.as_tensor(whole).to(loss), loss.detach()]).tolist()
-        if not all(map(math.isfinite, values)):
-            self._break_off(*values)
+        is_broken = not all(map(math.isfinite, values))
+        if self.args.world_size > 1:
+            is_broken = self._agree(is_broken)
+        if is_broken:
+            self._break_off(values[0])
         self._micro_batches.clear()
         return norm
 
-    def _break_off(self, norm: float, loss: float) -> None:
+    def _agree(self, is_broken: bool) -> bool:
+        """Tell whether the step is broken in any process, and let a signal to any of them count for all."""
+        signs = torch.tensor([is_broken, self.wish.noted or 0], device=self.args.device)
+        distributed.all_reduce(signs, op=distributed.ReduceOp.MAX)
+        is_broken, number = signs.tolist()
+        if number:
+            self.wish.received = signal.Signals(number)
+        return bool(is_broken)
+
+    def _break_off(self, norm: float) -> None:
+        """Write what the step was trained on, over all processes, and raise `BadBatch`."""
         step, batch = self.state.global_step, self.sampler.find_batch(self.state.global_step)
+        # Trainer has multiplied each loss by the processes, over which the gradients are averaged.
+        shares = [
+            [*(inputs[name].tolist() for name in ("input_ids", "labels")), loss.item() / self.args.world_size]
+            for inputs, loss in self._micro_batches
+        ]
+        # Micro-batch by micro-batch, in each the processes in their order: the order of the rows.
+        parts = [part for parts in zip(*self._gather(shares), strict=True) for part in parts]
+        loss = sum(part[2] for part in parts)
         path = Path(self.args.output_dir) / f"bad-batch-{step + 1}.json"
         record = {
             **{"step": step + 1, "batch": batch, "loss": str(loss), "grad_norm": str(norm)},
             "first_row": batch * self.sampler.rows_per_step,
-            "losses": [str(loss.item()) for _, loss in self._micro_batches],
+            "losses": [str(part[2]) for part in parts],
+            "input_ids": [row for part in parts for row in part[0]],
+            "labels": [row for part in parts for row in part[1]],
         }
-        for name in ("input_ids", "labels"):
-            record[name] = [row for inputs, _ in self._micro_batches for row in inputs[name].tolist()]
-        with suppress(IOFailed):  # the disk may be full too; the divergence is what has to be told
-            atomic.write_text(path, json.dumps(record) + "\n")
+        if self.args.should_save:
+            with suppress(IOFailed):  # the disk may be full too; the divergence is what has to be told
+                atomic.write_text(path, json.dumps(record) + "\n")
         what = f"the gradient norm is {norm}" if math.isfinite(loss) else f"the loss is {loss}"
         raise BadBatch(
             f"step {step + 1}: {what}; nothing of it was kept, its batch is in {path.name}: run again with a "
@@ -381,8 +474,20 @@ class RunTrainer(transformers.Trainer):
     def _get_output_dir(self, trial) -> str:
         return str(self._staging or super()._get_output_dir(trial))
 
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if state_dict and self.model.config.tie_word_embeddings:
+            # FSDP hands over what is shared under both of its names.
+            state_dict = {name: part for name, part in state_dict.items() if name != "lm_head.weight"}
+        super()._save(output_dir, state_dict)
+
     def _save_checkpoint(self, model, trial) -> None:
         run_dir = Path(self.args.output_dir)
+        # First what all have to say: then the first process writes alone, and may fail alone.
+        losses = self._gather(self._tr_loss.item())
+        self.pending_loss = sum(losses) / len(losses)
+        if self.args.world_size > 1:
+            files = self._gather(self._read_rng_files())
+            self._rng_files = {name: content for part in files for name, content in part.items()}
         self._staging = run_dir / f"{atomic.STAGING}{os.getpid()}"
         try:
             super()._save_checkpoint(model, trial)
@@ -395,10 +500,32 @@ class RunTrainer(transformers.Trainer):
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
 
+    def _read_rng_files(self) -> dict[str, bytes]:
+        """Return the file that Trainer writes in each process, which may be on another machine."""
+        with TemporaryDirectory() as folder:
+            super()._save_rng_state(folder)
+            return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.world_size == 1:
+            super()._save_rng_state(output_dir)
+        elif self.args.should_save:
+            for name, content in self._rng_files.items():
+                (Path(output_dir) / name).write_bytes(content)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        # Of another number of processes no state is this one's: Trainer would begin the dropout anew.
+        saved_by = len(list(Path(checkpoint).glob("rng_state*")))
+        if saved_by != self.args.world_size:
+            place = self.args.process_index + self.args.world_size * self.state.global_step
+            transformers.set_seed((self.args.seed + place) % 2**32)
+
     def _report_failed_save(self, why: str) -> None:
         """Warn the first time, when there is a next save to try it again; else raise `IOFailed`."""
         is_last = self.control.should_training_stop or self.state.global_step >= self.state.max_steps
-        if is_last or self._has_failed_to_save:
+        # Under FSDP the others still wait to hand over their parts.
+        if is_last or self._has_failed_to_save or self.is_fsdp_enabled:
             raise IOFailed(
                 f"{self.args.output_dir}: saving failed ({why}); free some space and run again"
             ) from None
@@ -451,7 +578,7 @@ class PendingLoss(TrainerCallback, ExportableState):
     def state(self) -> dict:
         """Return what goes into `trainer_state.json`."""
         pending = {
-            "loss": self.trainer._tr_loss.item(),
+            "loss": self.trainer.pending_loss,
             "last_logged": self.trainer._globalstep_last_logged,
         }
         return {"args": {}, "attributes": pending}

@@ -58,7 +58,11 @@ FOREIGN = {
     "torchrun",
     "wsl",
 }
-FOREIGN_FLAGS = {"--logdir", "--install", "--shutdown"}
+FOREIGN_FLAGS = {"--logdir", "--install", "--shutdown", "--signals_to_handle"}
+# What starts a script in several processes: its flags are those of the script behind it.
+LAUNCHER = re.compile(
+    r"^(nohup )?(torchrun|accelerate launch)( --standalone| --\w+ [^\s-]\S*)* (?=train\.py )"
+)
 FILE_NAME = re.compile(r"[\w./-]+\.(py|sh|md|jsonl?|ya?ml|toml|txt|log|bin|jinja|out|safetensors)")
 PARSERS = {
     "prep_text_corpus.py": prep_text_corpus.parse_flags,
@@ -124,7 +128,7 @@ def read_commands(block: Block) -> list[Command]:
     text = re.sub(r"<<'?(\w+)'?\n(.*\n)*?\1\n", "\n", block.text).replace("\\\n", " ")
     commands = []
     for line in text.splitlines():
-        line = re.sub(r"^\w+=\$\((.*)\)$", r"\1", line.strip())
+        line = LAUNCHER.sub("python ", re.sub(r"^\w+=\$\((.*)\)$", r"\1", line.strip()))
         lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
         lexer.whitespace_split = True
         for words in _split_words(list(lexer)):
@@ -358,7 +362,7 @@ def check_before_training(command: Command, folder: Path, runs: set[str]) -> str
     data = open_train(folder / flags.data_dir, tokenizer, flags.seq_len, seed=flags.seed, **options)
     open_val(folder / flags.data_dir, tokenizer, flags.seq_len, **options)
     assert flags.cfg or flags.init_model_dir in runs, f"{command}: {flags.init_model_dir} comes from nowhere"
-    steps = trainer.count_steps(flags, data.rows_per_epoch, world_size=1)
+    steps = trainer.count_steps(flags, data.rows_per_epoch)
     trainer.build_training_arguments(replace(flags, device="cpu"), extra, steps)
     return str(flags.model_dir)
 
@@ -405,7 +409,7 @@ def test_check_before_training_finds_what_is_wrong(flags, tmp_path):
 def test_recipe_builds_and_says_how_it_is_called(path):
     words = ("python", "train.py", "--recipe", f"configs/recipes/{path.name}")
     flags, extra = parse_command(Command(path.name, "sh", words))
-    trainer.build_training_arguments(replace(flags, device="cpu"), extra, trainer.count_steps(flags, 100, 1))
+    trainer.build_training_arguments(replace(flags, device="cpu"), extra, trainer.count_steps(flags, 100))
     assert path.read_text(encoding="utf-8").splitlines()[1] == f"#   {' '.join(words)}"
 
 

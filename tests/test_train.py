@@ -458,4 +458,4 @@ def test_a_config_by_name_or_by_path(home):
 def test_auto_takes_a_device_that_is_there():
     flags = TrainFlags(device="auto")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    assert there[train.choose_device(flags)]
+    assert there[train.choose_device(flags, {})]

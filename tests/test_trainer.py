@@ -321,17 +321,13 @@ def test_a_signal_asks_for_a_save_and_a_stop(handlers, tmp_path, number):
     ],
 )
 def test_steps_of_the_run(flags, steps):
-    assert count_steps(TrainFlags(**flags), rows_per_epoch=100, world_size=1) == steps
-
-
-def test_steps_over_two_processes():
-    assert count_steps(TrainFlags(epochs=1, batch_size=4), rows_per_epoch=100, world_size=2) == 13
+    assert count_steps(TrainFlags(**flags), rows_per_epoch=100) == steps
 
 
 @pytest.mark.parametrize("flags", [{}, {"max_steps": 5, "epochs": 1}, {"max_steps": 0}, {"epochs": -1}])
 def test_no_steps_or_two_wishes_are_refused(flags):
     with pytest.raises(BadFlag, match="^--max_steps: "):
-        count_steps(TrainFlags(**flags), rows_per_epoch=100, world_size=1)
+        count_steps(TrainFlags(**flags), rows_per_epoch=100)
 
 
 def list_rates(data, folder, steps, **flags):

@@ -112,7 +112,7 @@ def build_trainer(data_dir, model_dir, *, model=None, trainer_class=RunTrainer, 
         train_set=train_set,
         val_set=open_val(data_dir, BYTES, flags.seq_len, **options),
         tokenizer=BYTES,
-        meta=RunMeta({}, rows_per_step(flags, 1) * train_set.tokens_per_row, flags.save_total_limit),
+        meta=RunMeta({}, rows_per_step(flags) * train_set.tokens_per_row, flags.save_total_limit),
         collate=collate,
         optimizer_cls_and_kwargs=choose_optimizer(flags, arguments),
     )
