@@ -235,8 +235,12 @@ def measure_chat(row: str, args, *, ours_bf16: bool, rival_bf16: bool) -> None:
 
 def compare(row: str, args, ours, rival, settings: dict) -> dict:
     """Measure two sides in turn, and write the row."""
+    ours.settle()
+    rival.settle()
     result = measure_pairs(ours.run, rival.run, args.pairs, kept=RESULTS / f"{row}.pairs")
     losses = {"ours": ours.figures[-1]["loss"], "rival": rival.figures[-1]["loss"]}
+    if "optim" in rival.figures[-1]:
+        settings = settings | {"rival": settings["rival"] | {"optim": rival.figures[-1]["optim"]}}
     device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
     about = {"losses": losses, "device": device, "threads": torch.get_num_threads()}
     write_result(row, result, settings | about)
@@ -276,40 +280,36 @@ def start_nanogpt(checkout: Path, data: Path, folder: Path, words: dict, *, step
     return NanoGPT(checkout, flags, tokens=tokens, steps=steps, warm_up=warm_up)
 
 
-# Rows in a micro-batch that every side can hold on 80 GB; two micro-batches are 32,768 tokens a step.
-GPU_SHAPES = {"124m": 16, "355m": 16}
+# Rows in a micro-batch, so that three sides fit on 80 GB beside one another; a step is 32 rows.
+GPU_SHAPES = {"124m": 16, "355m": 8}
 GPU_STEPS = 8
 
 
 def measure_gpu(size: str, args) -> None:
     """Measure one model on the GPU against all rivals, and its share of the matrix rate."""
     cfg, rows = CONFIGS / f"baseline_{size}.json", GPU_SHAPES[size]
-    common = {"cfg": cfg, "seq_len": 1024, "batch_size": rows, "grad_accum": 2, "steps": GPU_STEPS}
+    common = {"cfg": cfg, "seq_len": 1024, "batch_size": rows, "grad_accum": 32 // rows, "steps": GPU_STEPS}
+    settings = {"ours": {"torch_compile": True, **_plain(common)}, "rival": _plain(common)}
+    rate = measure_matmul_rate()
     with tempfile.TemporaryDirectory() as folder:
         data = draw_store(Path(folder) / "data", 50_298, 4_000_000)
         words = {**common, "data_dir": data, "device": "cuda", "bf16": True}
-        rate = measure_matmul_rate()
         ours = start("ours", **words, torch_compile=True)
-        for name in ("published", "stock"):
-            rival = start(name, **words)
-            optim = {"optim": rival.figures[0]["optim"]}
-            settings = {
-                "ours": {"torch_compile": True, **_plain(common)},
-                "rival": {**_plain(common), **optim},
-            }
+        sides = {"nanogpt": start_gpu_nanogpt(args, data, folder, cfg, rows)} if args.nanogpt else {}
+        for name in ("published", "stock", *sides):
+            rival = sides.get(name) or start(name, **words)
             compare(f"train_gpu_{size}_vs_{name}", args, ours, rival, settings)
-            rival.close()
-        if args.nanogpt:
-            shape = read_config(cfg)
-            theirs = {name: shape[name] for name in ("n_layer", "n_head", "n_embd")}
-            theirs |= {"block_size": 1024, "batch_size": rows, "gradient_accumulation_steps": 2}
-            theirs |= {"dtype": "bfloat16"}
-            rival = start_nanogpt(args.nanogpt, data, Path(folder), theirs, steps=GPU_STEPS, warm_up=6)
-            settings = {"ours": {"torch_compile": True, **_plain(common)}, "rival": theirs}
-            compare(f"train_gpu_{size}_vs_nanogpt", args, ours, rival, settings)
             rival.close()
         ours.close()
     write_share(size, ours, read_config(cfg), rate)
+
+
+def start_gpu_nanogpt(args, data: Path, folder: str, cfg: Path, rows: int) -> NanoGPT:
+    """Start nanoGPT's train.py as it comes, compiled and in bf16, at the shape of a configuration."""
+    shape = read_config(cfg)
+    words = {name: shape[name] for name in ("n_layer", "n_head", "n_embd")}
+    words |= {"block_size": 1024, "batch_size": rows, "gradient_accumulation_steps": 32 // rows}
+    return start_nanogpt(args.nanogpt, data, Path(folder), words, steps=GPU_STEPS, warm_up=6)
 
 
 def _plain(words: dict) -> dict:

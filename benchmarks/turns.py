@@ -52,7 +52,7 @@ class TrainerSide:
     """A module's side, started as `python -m MODULE --side NAME ...`; its first stretch is the warm-up.
 
     Attributes:
-        figures: all that it told, the warm-up's first.
+        figures: all that it told, the warm-up's first; none before it has settled.
     """
 
     def __init__(self, module: str, words: list[str]):
@@ -62,10 +62,16 @@ class TrainerSide:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self.figures = [self._read()]
+        self.figures = []
+
+    def settle(self) -> None:
+        """Wait until it has warmed up; sides that are started together compile together."""
+        if not self.figures:
+            self.figures.append(self._read())
 
     def run(self) -> float:
         """Let it train for a stretch; return real tokens per second."""
+        self.settle()
         self._process.stdin.write("go\n")
         self._process.stdin.flush()
         self.figures.append(self._read())
@@ -96,7 +102,7 @@ class NanoGPT:
     """
 
     def __init__(self, checkout: Path, words: list[str], *, tokens: int, steps: int, warm_up: int):
-        self.tokens, self.steps, self.figures = tokens, steps, []
+        self.tokens, self.steps, self.warm_up, self.figures = tokens, steps, warm_up, []
         self._process = subprocess.Popen(
             [sys.executable, "-u", "train.py", *words],
             cwd=checkout,
@@ -104,10 +110,16 @@ class NanoGPT:
             text=True,
             start_new_session=True,  # its compiler's processes are stopped with it
         )
-        self._read(warm_up)
+
+    def settle(self) -> None:
+        """Wait until it has warmed up, and stop it."""
+        if self.warm_up:
+            self._read(self.warm_up)
+        self.warm_up = 0
 
     def run(self) -> float:
         """Let it train for a stretch; return tokens per second."""
+        self.settle()
         os.killpg(self._process.pid, signal.SIGCONT)
         lines = self._read(2 + self.steps)[2:]  # it was stopped in one of the first two
         seconds = sum(float(line.split("time ")[1].split("ms")[0]) for line in lines) / 1000

@@ -232,6 +232,15 @@ def test_what_the_batch_already_says_changes_nothing(model, batch):
         assert asked == model(**batch, **found, position_ids=positions).loss
 
 
+@pytest.mark.parametrize("share", [0.2, 1.0])
+def test_gradients_where_few_and_where_all_are_learned(model, share):
+    draw = torch.Generator().manual_seed(4)
+    ids = torch.randint(0, 256, (4, 100), generator=draw)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=draw) > share, IGNORED)
+    assert (len(find_learned(labels)) < labels.numel()) == (share < 0.5)
+    check_gradients(lambda model, batch: model(**batch).loss, model, {"input_ids": ids, "labels": labels})
+
+
 def test_saved_the_class_is_the_one_everybody_has(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())

@@ -4,13 +4,16 @@ import json
 import math
 import re
 import resource
+import shutil
 import signal
+import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny import BYTES, build_flags, build_trainer, invent_talks, run_script, talk, write_chats, write_config
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 import train
 from firstwords import trainer
@@ -410,3 +413,59 @@ def test_muon_is_ours_and_the_rest_is_trainer_s():
     factory, kwargs = choose_optimizer(flags, arguments)
     assert factory is trainer.MuonAdamWFactory
     assert kwargs == {"lr": 0.5, "weight_decay": 0.25, "betas": (0.9, 0.99), "eps": 1e-6}
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_those_of_the_plain_run(data, tmp_path):
+    """By a backend that needs no compiler; packed rows, whose documents and labels differ at every step."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    weights = []
+    for extra in ({}, compiled):
+        torch.compiler.reset()
+        run = build_trainer(data, tmp_path / f"run{len(weights)}", extra=extra)
+        run.add_callback(Throughput(run))
+        run.train()
+        weights.append(run.model.state_dict())
+    assert weights[0].keys() == weights[1].keys()
+    for name, expected in weights[0].items():
+        torch.testing.assert_close(weights[1][name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("device", "missing", "why"),
+    [
+        ("cpu", shutil, "there is no C.. compiler; apt-get install g"),
+        ("cuda", trainer, "triton is not installed; pip install triton"),
+    ],
+)
+def test_compiling_without_a_compiler_is_refused(monkeypatch, device, missing, why):
+    monkeypatch.setattr(missing, "which" if missing is shutil else "find_spec", lambda name: None)
+    flags = TrainFlags(device=device, model_dir="x")
+    with pytest.raises(BadFlag, match=f"^--torch_compile: {why}"):
+        build_training_arguments(flags, {"torch_compile": True}, 1)
+
+
+def test_several_gpus_in_one_process_are_refused(monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
+    with pytest.raises(BadFlag, match="^--device cpu: 2 GPUs and one process; launch with torchrun"):
+        build_training_arguments(TrainFlags(device="cpu", model_dir="x"), {}, 1)
+
+
+def test_the_gpu_is_waited_for_once_a_step(data, tmp_path, monkeypatch):
+    """Of all that a step does, only the finite check asks for a value; the log does at its own intervals."""
+    run = build_trainer(data, tmp_path / "run", log_steps=100, grad_accum=2)
+    run.add_callback(Throughput(run))
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__", "nonzero", "__int__", "cpu"):
+        read = getattr(torch.Tensor, name)
+
+        def spy(self, *args, read=read, name=name, **kwargs):
+            caller = sys._getframe(1).f_code.co_filename
+            if self.requires_grad or "trainer.py" in caller or "modeling" in caller or "masking" in caller:
+                reads.append((run.state.global_step, name, caller))
+            return read(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    run.train()
+    inside = [(name, caller.rpartition("/")[2]) for step, name, caller in reads if step == 2]
+    assert inside == [("tolist", "trainer.py")]

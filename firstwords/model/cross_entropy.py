@@ -62,8 +62,9 @@ def sum_learned(
         learned: (M,) from `find_learned`.
         compiled: fuse the work on a piece's logits by torch.compile.
     """
-    targets = shift_labels(labels).flatten()[learned]
-    rows = hidden.flatten(0, 1).index_select(0, learned)
+    rows, targets = hidden.flatten(0, 1), shift_labels(labels).flatten()
+    if len(learned) < len(targets):  # else nearly all are: nothing to pick out
+        rows, targets = rows.index_select(0, learned), targets[learned]
     return sum_cross_entropy(rows, head, targets, compiled=compiled)
 
 
