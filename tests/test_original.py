@@ -47,8 +47,8 @@ def find_block(words: str) -> str:
 def scale(text: str) -> str:
     """Return a block of README in small: the values of `SMALL`, and the CPU."""
     table = [row for row in SMALL if row[1] in text]
-    text = scale_down(text.replace("\\\n", " "), table)
-    return re.sub(r" --bf16", " --device cpu", text)
+    bare = text.replace("\\\n", " ").replace("nohup ", "").replace(" --bf16", " --device cpu")
+    return scale_down(bare, table).replace("python train.py", "nohup python train.py")
 
 
 def test_every_flag_of_the_original_has_its_meaning():
