@@ -18,12 +18,15 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import astuple, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
+from tempfile import TemporaryDirectory
+from typing import Any
 
 from firstwords import atomic
-from firstwords.args import TrainFlags, parse_train_args, print_line, run_main
+from firstwords.args import TrainFlags, find_origins, parse_train_args, print_line, run_main
 from firstwords.errors import (
     BadBatch,
     BadData,
@@ -37,6 +40,7 @@ from firstwords.errors import (
     Stopped,
     suggest,
 )
+from firstwords.explain import explain
 from firstwords.ranks import Ranks, join_ranks
 from firstwords.signals import STOP, StopWish
 
@@ -50,17 +54,24 @@ FREE_FLAGS = {
     *("data_dir", "model_dir", "init_model_dir", "recipe", "resume", "allow_change", "debug", "device"),
     *("cfg", "tokenizer", "log_steps", "save_steps", "eval_steps", "save_total_limit"),
     *("sample_prompts", "epochs", "max_steps", "keep_text", "eval_tasks", "hellaswag_data", "report_to"),
-    *("on_nan", "max_rollbacks", "attention", "recompute"),
+    *("on_nan", "max_rollbacks", "attention", "recompute", "vram_gb", "preflight", "explain"),
 }
+# What `--batch_tokens` chooses by the memory that is there; the steps stay the same.
+CHOSEN_FLAGS = {"batch_size", "grad_accum"}
 # Packages of which another version may compute another number.
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 
 
 def main(argv: list[str]) -> None:
-    """Meet the other processes of the run, parse the flags, take the lock of the run, train."""
+    """Meet the other processes of the run, parse the flags, take the lock of the run, train; or only tell."""
     with join_ranks() as ranks:
         flags, extra = parse_train_args(argv, __doc__)
         check_flags(flags)
+        origins = find_origins(argv)
+        check_given(flags, origins)
+        if flags.preflight or flags.explain:
+            describe_run(flags, extra, origins, ranks)
+            return
         wish = StopWish(flags.model_dir, is_shared=ranks.size > 1)
         with hold_folder(flags.model_dir) if ranks.is_first else nullcontext():
             train_and_go_back(flags, extra, wish, ranks)
@@ -133,11 +144,36 @@ def check_flags(flags: TrainFlags) -> None:
         check_hours(flags)
     if not flags.lr > 0:
         raise BadFlag(f"--lr: is {flags.lr}; give a number above 0")
+    if flags.vram_gb is not None and not flags.vram_gb > 1:
+        raise BadFlag(f"--vram_gb: is {flags.vram_gb:g}; give the size of the card in GB, more than 1")
     counts = ("eval_steps", "seed", "max_rollbacks")
     for name in (*counts, "warmup_steps", "decay_steps", "weight_decay", "min_lr_ratio"):
         value = getattr(flags, name)
         if value is not None and not value >= 0:
             raise BadFlag(f"--{name}: is {value}; give 0 or more")
+
+
+def check_given(flags: TrainFlags, origins: dict[str, str]) -> None:
+    """Refuse what contradicts another flag only when it was said.
+
+    Raises:
+        BadFlag: for a micro-batch beside `--batch_tokens`, which chooses it.
+    """
+    if flags.batch_tokens is None:
+        return
+    for name in ("batch_size", "grad_accum", "recompute"):
+        is_said = name in origins or name == "recompute" and flags.recompute != "none"
+        if is_said:
+            raise BadFlag(
+                f"--{name}: is {getattr(flags, name)}, but --batch_tokens {flags.batch_tokens} chooses it; "
+                "leave one of them out"
+            )
+    if flags.batch_tokens < flags.seq_len or flags.batch_tokens % flags.seq_len:
+        rows = max(1, round(flags.batch_tokens / flags.seq_len))
+        raise BadFlag(
+            f"--batch_tokens {flags.batch_tokens}: is no whole number of rows of --seq_len {flags.seq_len}; "
+            f"give {rows * flags.seq_len}"
+        )
 
 
 def check_hours(flags: TrainFlags) -> None:
@@ -168,26 +204,12 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
         skipped: batches to leave out, beside those that the checkpoint names.
     """
     from firstwords import checkpoint, trainer
-    from firstwords.dataset import collate, open_train, open_val
-    from firstwords.model import quiet_transformers
-    from firstwords.model.attention import check_attention
     from firstwords.pace import KeepPace
-    from firstwords.recompute import set_recompute
+    from firstwords.preflight import Probe, format_short, format_table
 
-    quiet_transformers()
-    flags.device = choose_device(flags, extra)
-    tokenizer = open_tokenizer(flags)
-    options = {"assistant_only": flags.assistant_only_loss, "overlong": flags.overlong}
-    model, parent = open_model(flags, tokenizer)
-    check_context(flags, model)
-    check_attention(flags.attention, flags.device, flags.bf16, model.config.attn_pdrop)
-    model.attention = flags.attention
-    set_recompute(model, flags.recompute)
-    train_set = open_train(flags.data_dir, tokenizer, flags.seq_len, seed=flags.seed, **options)
-    val_set = open_val(flags.data_dir, tokenizer, flags.seq_len, **options)
-    max_steps = trainer.count_steps(flags, train_set.rows_per_epoch)
-    data = {"data": train_set.hash, "val_data": val_set.hash}
-    meta = build_meta(flags, extra, model.config, train_set, data, tokenizer, parent, max_steps)
+    opened = open_run(flags, extra, ranks)
+    tokenizer, model, room = opened.tokenizer, opened.model, opened.room
+    max_steps, meta = opened.max_steps, build_meta(flags, extra, opened)
     pace = build_pace(flags, max_steps)
     resumed = share_resumed(flags, meta.fixed, pace, ranks)
     if checkpoint.read_step(resumed) >= pace.find_end(checkpoint.read_step(resumed)):
@@ -196,16 +218,8 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
         return
     if ranks.is_first:
         check_disk(flags, model, max_steps)
-    arguments = trainer.build_training_arguments(flags, extra, max_steps, ranks.size)
-    run = trainer.RunTrainer(
-        model,
-        arguments,
-        train_set=train_set,
-        val_set=val_set,
-        tokenizer=tokenizer,
-        meta=meta,
-        collate=collate,
-        optimizer_cls_and_kwargs=trainer.choose_optimizer(flags, arguments),
+    run = build_run(
+        *(flags, extra, opened, meta, ranks),
         skipped=skipped or read_skipped(resumed),
         pace=pace,
         wish=wish,
@@ -214,10 +228,15 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
     run.add_callback(KeepPace(pace, flags.model_dir, lambda line: log and log.say(line)))
     run.add_callback(trainer.PendingLoss(run))
     run.add_callback(trainer.LastStep())
+    forecast = build_forecast(flags, opened, meta, checkpoint.read_step(resumed))
     if ranks.is_first:
         log = add_callbacks(run, flags, tokenizer, first_step=checkpoint.read_step(resumed))
         announce(log, flags, run, resumed)
+        for line in format_short(forecast):
+            log.say(line)
     run.add_callback(trainer.StopOnSignal(wish))
+    if ranks.is_first:
+        run.add_callback(Probe(lambda seconds, state, control: say_speed(log, forecast, seconds, state)))
     wish.check_startup()
     wish.defer()
     try:
@@ -231,14 +250,118 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
+        for line in format_table(forecast) if log is not None else []:
+            log.say(line)
+        changed = [*([] if flags.batch_tokens is None else ["batch_tokens"]), "batch_size", "grad_accum"]
         raise OutOfMemory(
-            f"--batch_size {flags.batch_size} rows of --seq_len {flags.seq_len} do not fit; halve "
-            "--batch_size and double --grad_accum: the steps stay the same. What was saved is there, and is "
-            "gone on from with --allow_change batch_size,grad_accum"
+            f"{room.setting} with --seq_len {flags.seq_len}: there was no memory left; {room.advise_less()}. "
+            f"What was saved is there, and is gone on from with --allow_change {','.join(changed)}"
         ) from None
     finally:
         if log is not None:
             log.close()
+
+
+@dataclass
+class Opened:
+    """What a run is made of, open and checked: the tokenizer, the model and its parent, the data, the room.
+
+    Attributes:
+        parent: what the manifest says of the weights that the run starts from, `{}` of random ones.
+        max_steps: optimizer steps in all.
+        room: a `fit.Room`, the memory there is and what the run takes of it.
+    """
+
+    tokenizer: Any
+    model: Any
+    parent: dict
+    train_set: Any
+    val_set: Any
+    max_steps: int
+    room: Any
+
+
+def open_run(flags: TrainFlags, extra: dict, ranks: Ranks) -> Opened:
+    """Open everything that a run reads, after a look at whether it would fit; sets what is chosen in `flags`.
+
+    Raises:
+        OutOfMemory: before a weight is made, when it would not.
+        FirstwordsError: as the functions below.
+    """
+    from firstwords import fit, trainer
+    from firstwords.dataset import open_train, open_val
+    from firstwords.model import quiet_transformers
+    from firstwords.model.attention import check_attention
+    from firstwords.recompute import set_recompute
+
+    quiet_transformers()
+    flags.device = choose_device(flags, extra)
+    tokenizer = open_tokenizer(flags)
+    folder = find_weights(flags)
+    room = fit.Room(flags, read_shape(flags, folder, tokenizer), world_size=ranks.size)
+    if flags.batch_tokens is not None:
+        room.choose(read_setting(flags))
+        # Each process sees another moment of the memory: what the first has chosen is what all take.
+        room.setting = fit.Setting(*ranks.ask_first(lambda: astuple(room.setting)))
+    room.check()
+    if flags.device == "cuda" and flags.vram_gb is not None:
+        fit.hold_to(room.limit)
+    model, parent = open_model(flags, folder, tokenizer)
+    check_context(flags, model)
+    check_attention(flags.attention, flags.device, flags.bf16, model.config.attn_pdrop)
+    model.attention = flags.attention
+    set_recompute(model, flags.recompute)
+    options = {"assistant_only": flags.assistant_only_loss, "overlong": flags.overlong}
+    train_set = open_train(flags.data_dir, tokenizer, flags.seq_len, seed=flags.seed, **options)
+    val_set = open_val(flags.data_dir, tokenizer, flags.seq_len, **options)
+    max_steps = trainer.count_steps(flags, train_set.rows_per_epoch)
+    return Opened(tokenizer, model, parent, train_set, val_set, max_steps, room)
+
+
+def build_run(flags: TrainFlags, extra: dict, opened: Opened, meta, ranks: Ranks, **options):
+    """Return the trainer of a run, without what watches over it."""
+    from firstwords import trainer
+    from firstwords.dataset import collate
+
+    arguments = trainer.build_training_arguments(flags, extra, opened.max_steps, ranks.size)
+    return trainer.RunTrainer(
+        opened.model,
+        arguments,
+        train_set=opened.train_set,
+        val_set=opened.val_set,
+        tokenizer=opened.tokenizer,
+        meta=meta,
+        collate=collate,
+        optimizer_cls_and_kwargs=trainer.choose_optimizer(flags, arguments),
+        **options,
+    )
+
+
+# --- whether it fits
+
+
+def read_shape(flags: TrainFlags, folder: Path | None, tokenizer):
+    """Return the configuration of the model, before there is one."""
+    from firstwords import checkpoint
+    from firstwords.model import build_config
+
+    if folder is None:
+        return build_config(find_config(flags.cfg), tokenizer)
+    config = checkpoint.read_model_config(folder)
+    config.vocab_size = max(config.vocab_size, tokenizer.vocab_size_padded)
+    return config
+
+
+def read_setting(flags: TrainFlags):
+    """Return what an earlier life of the run chose for the same tokens in a step, None without one."""
+    from firstwords import checkpoint, fit
+
+    for folder in checkpoint.list_checkpoints(flags.model_dir)[:1]:
+        theirs = checkpoint.read_manifest(folder)["flags"]
+        wished = {"batch_tokens": str(flags.batch_tokens), "seq_len": str(flags.seq_len)}
+        if wished.items() <= theirs.items():
+            return fit.Setting(int(theirs["batch_size"]), int(theirs["grad_accum"]), theirs["recompute"])
+    return None
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -253,12 +376,109 @@ def check_disk(flags: TrainFlags, model, max_steps: int) -> None:
     """Refuse a run whose checkpoints will not fit on the disk, now and not at the first save."""
     from firstwords import preflight
 
+    preflight.check_disk(flags.model_dir, **count_saves(flags, model, max_steps))
+
+
+def count_saves(flags: TrainFlags, model, max_steps: int) -> dict[str, int]:
+    """Return how many checkpoints lie on the disk at the same time, and their bytes."""
+    from firstwords.memory import count_state_bytes
+
     num_saves = -(-max_steps // flags.save_steps)
-    preflight.check_disk(
-        flags.model_dir,
-        num_checkpoints=min(flags.save_total_limit + 1, num_saves),
-        model_bytes=preflight.count_model_bytes(model),
-        state_bytes=preflight.count_state_bytes(model, flags.optim),
+    return {
+        "num_checkpoints": min(flags.save_total_limit + 1, num_saves),
+        "model_bytes": 4 * model.num_parameters(),
+        "state_bytes": count_state_bytes(model.config, flags.optim),
+    }
+
+
+def describe_run(flags: TrainFlags, extra: dict, origins: dict[str, str], ranks: Ranks) -> None:
+    """Print `--explain`, `--preflight` or both; nothing is trained but by a probe, nothing is left behind."""
+    from firstwords import checkpoint, preflight
+
+    opened = open_run(flags, extra, ranks)
+    meta = build_meta(flags, extra, opened)
+    if flags.explain:
+        for line in explain(flags, extra, origins, gather_facts(flags, opened, meta)):
+            print_line(line, sys.stdout)
+    if flags.preflight:
+        done = max(map(checkpoint.read_step, checkpoint.list_checkpoints(flags.model_dir)), default=0)
+        check_disk(flags, opened.model, opened.max_steps)
+        forecast = replace(
+            build_forecast(flags, opened, meta, done), speed=probe_run(flags, extra, opened, meta, ranks)
+        )
+        print_line(f"{flags.model_dir}: nothing was trained; a run would take", sys.stdout)
+        for line in preflight.format_table(forecast):
+            print_line(line, sys.stdout)
+
+
+def probe_run(flags: TrainFlags, extra: dict, opened: Opened, meta, ranks: Ranks):
+    """Return the speed of ten steps of this very run, in a folder that goes away."""
+    from firstwords import preflight
+
+    without = {"save_strategy": "no", "eval_strategy": "no"}
+    with TemporaryDirectory() as folder:
+        wish = StopWish(flags.model_dir, is_shared=True) if ranks.size > 1 else None
+        there = replace(flags, model_dir=Path(folder))
+        run = build_run(there, extra | without, opened, meta, ranks, wish=wish)
+        return preflight.run_probe(run)
+
+
+def build_forecast(flags: TrainFlags, opened: Opened, meta, steps_done: int):
+    """Return what the run will take, but for the speed."""
+    from firstwords import preflight
+
+    train_set, saves = opened.train_set, count_saves(flags, opened.model, opened.max_steps)
+    return preflight.Forecast(
+        parameters=opened.model.num_parameters(),
+        memory=opened.room.predict(opened.room.setting),
+        limit=opened.room.limit,
+        setting=opened.room.setting,
+        steps=None if flags.hours else opened.max_steps,
+        steps_done=steps_done,
+        hours=flags.hours,
+        tokens_per_step=meta.tokens_per_step,
+        tokens_per_epoch=train_set.rows_per_epoch * train_set.tokens_per_row,
+        kind="text" if is_text(flags) else "conversations",
+        eval_steps=flags.save_steps if flags.eval_steps is None else flags.eval_steps,
+        checkpoint_bytes=saves["model_bytes"] + saves["state_bytes"],
+        disk_bytes=preflight.count_disk_bytes(**saves),
+        disk_free=preflight.find_free_disk(flags.model_dir),
+    )
+
+
+def say_speed(log, forecast, seconds: float, state) -> None:
+    """Say how fast the first steps were, and how long the rest will take."""
+    from firstwords.pace import format_seconds
+
+    left = format_seconds(seconds * (state.max_steps - state.global_step))
+    ends = f"the end is {left} away" if forecast.hours is None else f"{forecast.hours:g} hours"
+    log.say(f"  speed: {1 / seconds:.3g} steps/s, {ends}, evaluations, saves and samples not counted")
+
+
+def gather_facts(flags: TrainFlags, opened: Opened, meta) -> dict:
+    """Return what the sentences of `--explain` name beside the flags."""
+    steps, hours = opened.max_steps, flags.hours
+    epochs = (
+        steps * meta.tokens_per_step / (opened.train_set.rows_per_epoch * opened.train_set.tokens_per_row)
+    )
+    by_clock = f"steps for {hours:g} hours" if hours else None
+    return {
+        "rows": flags.batch_size * flags.grad_accum,
+        "tokens": meta.tokens_per_step,
+        "steps": by_clock or f"{steps:,} steps",
+        "epochs": "as often as the hours allow" if hours else f"{epochs:.3g} times",
+        "parameters": opened.model.num_parameters(),
+        "warmup": say_share(flags.warmup_steps, flags),
+        "decay": say_share(flags.decay_steps, flags),
+        "precision": "in bfloat16" if flags.bf16 else "in float32",
+        "loss_on": "what the assistant says" if flags.assistant_only_loss else "every token",
+    }
+
+
+def say_share(steps: float, flags: TrainFlags) -> str:
+    """Return a part of the schedule in words."""
+    return (
+        f"{steps:g} steps" if steps >= 1 else f"{steps:.3g} of {'the hours' if flags.hours else 'all steps'}"
     )
 
 
@@ -335,17 +555,24 @@ def open_tokenizer(flags: TrainFlags):
     return tokenizer
 
 
-def open_model(flags: TrainFlags, tokenizer):
+def find_weights(flags: TrainFlags) -> Path | None:
+    """Return the folder of the weights to start from, None for random ones."""
+    from firstwords import checkpoint
+
+    if flags.cfg is not None:
+        return None
+    if flags.init_model_dir.startswith("hub:"):
+        return checkpoint.download_model(flags.init_model_dir.removeprefix("hub:"))
+    return checkpoint.find_init(Path(flags.init_model_dir))
+
+
+def open_model(flags: TrainFlags, folder: Path | None, tokenizer):
     """Return the model to train and what the manifest says about its parent (`{}` of random weights)."""
     from firstwords import checkpoint
     from firstwords.model import build_model, grow_vocabulary, set_generation
 
-    if flags.cfg is not None:
+    if folder is None:
         return build_model(find_config(flags.cfg), tokenizer, seed=flags.seed), {}
-    if flags.init_model_dir.startswith("hub:"):
-        folder = checkpoint.download_model(flags.init_model_dir.removeprefix("hub:"))
-    else:
-        folder = checkpoint.find_init(Path(flags.init_model_dir))
     model = checkpoint.load_model(folder)
     parent = check_parent(flags.init_model_dir, folder, model, tokenizer)
     grow_vocabulary(model, tokenizer, seed=flags.seed)
@@ -406,17 +633,20 @@ def check_context(flags: TrainFlags, model) -> None:
         )
 
 
-def build_meta(flags, extra, config, train_set, data, tokenizer, parent, max_steps):
+def build_meta(flags: TrainFlags, extra: dict, opened: Opened):
     """Return what every manifest of the run says; `compare` in it is what resuming holds fast."""
     from firstwords import trainer
     from firstwords.model import CONFIG_KEYS
 
-    held = {k: v for k, v in vars(flags).items() if k not in FREE_FLAGS} | extra
-    held["shape"] = {key: getattr(config, key) for key in CONFIG_KEYS}
+    tokenizer, train_set, parent = opened.tokenizer, opened.train_set, opened.parent
+    free = FREE_FLAGS if flags.batch_tokens is None else FREE_FLAGS | CHOSEN_FLAGS
+    held = {k: v for k, v in vars(flags).items() if k not in free} | extra
+    held["shape"] = {key: getattr(opened.model.config, key) for key in CONFIG_KEYS}
     compare = {
         **{name: str(value) for name, value in sorted(held.items())},
-        "max_steps": str(max_steps),
-        **data,
+        "max_steps": str(opened.max_steps),
+        "data": train_set.hash,
+        "val_data": opened.val_set.hash,
         "tokenizer": tokenizer.hash,
         "init_weights": parent.get("weights", "random"),
         **({"fsdp": "True"} if asks_fsdp(extra) else {}),  # its checkpoints hold other files
@@ -518,6 +748,8 @@ def find_resumed(flags: TrainFlags, fixed: dict, pace) -> Path | None:
 def compare_runs(flags: TrainFlags, theirs: dict, ours: dict) -> None:
     """Raise `Mismatch` naming what differs from the run that is gone on with, unless allowed."""
     allowed = [name.strip().removeprefix("--") for name in flags.allow_change.split(",")]
+    # A run of an older firstwords went by the default of a flag that it did not know.
+    theirs = {name: str(value) for name, value in vars(TrainFlags()).items() if name in ours} | theirs
     changed = [
         f"{name} was {theirs.get(name)}, is {ours.get(name)}"
         for name in sorted(theirs | ours)

@@ -52,6 +52,8 @@ ROWS = {
     "sft_gpu_vs_padded": "on a GPU over the plain Trainer padded to 1024: 8",
     "sft_gpu_vs_trl": "the same over TRL's SFTTrainer at batch 8: 3",
     "sft_gpu_vs_trl_packing": "the same over TRL's packing: 1.3",
+    "preflight_time": "seconds that --preflight names over those of the run: 0.75 to 1.25",
+    "preflight_memory": "memory that --preflight names over what the GPU held at most: 0.97 to 1.03",
     "save_cost": "hashing, syncing and checking a save of 124M with AdamW, % of ten minutes: at most 0.5",
     "train_gpu_124m_vs_published": "tokens/s, GPU, 124M, over the published setup on the Trainer: 3",
     "train_gpu_355m_vs_published": "the same, 355M: 3",

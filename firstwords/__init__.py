@@ -7,6 +7,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     0  hashes       contents -> 8-byte hashes, sorted on disk: copies, the split
     0  near         texts -> how many are nearly one of others
     0  tokenstore   CONTRACT: the token store of stage A
+    0  explain      the flags of a run -> each in plain words
     0  signals      a signal or the file STOP -> a wish to stop
     0  hub          a model's name on the Hub -> its files in the cache
     0  parts        units of work -> parts on disk, in processes, gone on with after a kill
@@ -30,8 +31,9 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     4  memory       a shape and a batch -> the bytes that training takes
     4  checkpoint   CONTRACT: the checkpoint folder and the run folder
     4  generate     prompt ids -> reply ids
+    5  fit          a limit of memory -> micro-batch, accumulation and recomputation
     5  pace         steps, hours or a cooldown -> the last step, and the rate on the way
-    5  preflight    what a run could not save in the end, refused before it begins
+    5  wishes       what a machine may not be able to do -> a refusal that says what to install
     5  session      ChatSession: text in, text out
     5  llamacpp     model -> GGUF, and Ollama's Modelfile
     5  card         what files say of a model -> its model card
@@ -39,6 +41,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     5  loss         model and rows of tokens -> the loss by tokens
     5  history      a run folder -> all that its files tell
     5  baselines    prepared data -> what counting alone would score
+    6  preflight    a run that is to begin -> what it will take, refused now if that is not there
     6  score        questions with known answers -> marks
     6  server       a model -> an API that speaks OpenAI's words, and a page to chat on
     6  repl         lines of a chat: questions and commands

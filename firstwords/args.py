@@ -192,6 +192,10 @@ class TrainFlags:
     )
     eval_tasks: str = _flag(None, "asked at each evaluation: hellaswag:200, the number of items")
     hellaswag_data: str = _flag(None, "its items: .jsonl, .parquet or a folder; default: from the Hub")
+    preflight: bool = _flag(False, "say what the run would take, by ten steps thrown away, and end")
+    explain: bool = _flag(False, "say what each setting is, where it comes from and what it does, and end")
+    vram_gb: float = _flag(None, "memory to keep to, as the size of a GPU in GB; default: what is free")
+    batch_tokens: int = _flag(None, "tokens in a step; --batch_size, --grad_accum and --recompute follow")
     report_to: str = _flag("", "wandb, trackio, or both with a comma; TensorBoard is always written")
     debug: bool = _flag(False, "show the traceback of an error")
 
@@ -261,6 +265,15 @@ def _take_checkpointing(values: argparse.Namespace, fields: dict) -> None:
             values.recompute = level
 
 
+def find_origins(argv: list[str]) -> dict[str, str]:
+    """Return where each flag of ours that was said comes from: `flag` or `recipe`."""
+    parser = build_train_parser("")
+    said, _ = parser.parse_known_args(argv)
+    recipe = getattr(said, "recipe", None)
+    read, _ = parser.parse_known_args(_recipe_words(recipe, parser) if recipe else [])
+    return dict.fromkeys(vars(read), "recipe") | dict.fromkeys(vars(said), "flag")
+
+
 def _recipe_words(path: Path, parser: Parser) -> list[str]:
     import yaml
 
@@ -316,6 +329,8 @@ def _parse_trainer_fields(words: list[str], ours: Parser) -> dict:
     parser.error = ours.error
     values, unknown = parser.parse_known_args(words)
     if unknown:
+        if unknown[0].startswith("--fp8"):
+            raise BadFlag(f"{unknown[0]}: nothing is computed in fp8 here, with any package; use --bf16")
         known = ours.flag_names() + [f"--{name}" for name in _trainer_field_names()]
         raise BadFlag(f"{unknown[0]}: unknown flag; {suggest(unknown[0].split('=')[0], known)}")
     for name in vars(values):

@@ -373,7 +373,7 @@ def load_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> GPT2LMHea
         Damaged: when one of them cannot be read.
         Mismatch: when the weights are not those of the configuration.
     """
-    config = _read_model_config(folder)
+    config = read_model_config(folder)
     weights = _read_weights(folder / WEIGHTS)
     _check_sizes(folder, config, weights)
     # Neither the folder nor its name reaches Hugging Face's loader, which would act on what else may lie
@@ -464,7 +464,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _read_model_config(folder: Path) -> GPT2Config:
+def read_model_config(folder: Path) -> GPT2Config:
+    """Read the shape of a model from its folder; errors as of `load_model`."""
     path = folder / "config.json"
     if not path.is_file():
         raise MissingInput(f"{folder}: has no config.json; name a model folder")

@@ -167,3 +167,13 @@ class KeepPace(TrainerCallback):
         """Take the file away, now that the checkpoint says what it said."""
         if self.pace.cooldown is not None and state.is_world_process_zero:
             self.path.unlink(missing_ok=True)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a length of time for people: `2d03h`, `3h20m`, `4m05s`."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d{hours:02}h"
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

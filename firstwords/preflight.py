@@ -1,37 +1,262 @@
-"""A run that is to begin -> a refusal now of what it could not do in the end.
+"""A run that is to begin -> what it will take, and a refusal now of what it could not do in the end.
 
+    forecast = Forecast(parameters=2_757_120, memory=..., ...)
+    format_table(forecast)          -> lines: parameters, memory, steps, time, disk, epochs
     check_disk(Path("runs/chat"), num_checkpoints=3, model_bytes=498_000_000, state_bytes=995_000_000)
 
-Invariant: nothing is written, nothing is trained; what is needed is counted from the shapes alone.
+Invariant: nothing is written and no weight of the run is touched. What is needed is counted from shapes; only
+`run_probe` trains, on a trainer that is thrown away.
 """
 
 import resource
 import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+
+from torch.utils.data import Subset
+from transformers import TrainerCallback
 
 from firstwords import checkpoint
 from firstwords.errors import IOFailed
+from firstwords.fit import Limit, Setting, describe_memory, format_gb
+from firstwords.loss import evaluate_loss
+from firstwords.memory import Memory
+from firstwords.pace import format_seconds
 
 # Beside the weights and the optimizer's state: tokenizer, logs, and what the file system takes for itself.
 MARGIN, SMALL_FILES = 1.02, 16 << 20
+# Steps of a probe, and those before them that warm up: buffers, kernels, the processor's clock.
+PROBED, WARM_UP = 10, 2
+PROBED_BATCHES = 4
+# Passes over the data beyond which a run is warned of. Text read up to 4 times teaches nearly as much as new
+# text (Muennighoff et al. 2023); Alpaca's authors took 3 passes, 5 for their larger model.
+MANY_EPOCHS = {"text": 4, "conversations": 5}
 
 
-def count_model_bytes(model) -> int:
-    """Return the bytes of `model.safetensors`: shared weights once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of an optimizer step, and of reading the val set once."""
+
+    step: float
+    evaluation: float
 
 
-def count_state_bytes(model, optim: str) -> int:
-    """Return the bytes of `optimizer.pt`: two numbers a weight, but for optimizers known to keep fewer.
+@dataclass(frozen=True)
+class Forecast:
+    """What a run is going to take.
+
+    Attributes:
+        parameters: of the model.
+        memory: at its worst, predicted.
+        limit: that it has to keep to.
+        setting: micro-batch, accumulation, recomputation.
+        steps: optimizer steps in all; None when hours count.
+        steps_done: by earlier lives of the run.
+        hours: of training, None when steps count.
+        tokens_per_step: real tokens, padding not counted.
+        tokens_per_epoch: of the training data.
+        kind: of the data, `text` or `conversations`.
+        eval_steps: steps between evaluations, 0 without any.
+        checkpoint_bytes: of one.
+        disk_bytes: of all that lie there at the same time.
+        disk_free: bytes.
+        speed: what a probe measured, None without one.
+    """
+
+    parameters: int
+    memory: Memory
+    limit: Limit
+    setting: Setting
+    steps: int | None
+    steps_done: int
+    hours: float | None
+    tokens_per_step: float
+    tokens_per_epoch: float
+    kind: str
+    eval_steps: int
+    checkpoint_bytes: int
+    disk_bytes: int
+    disk_free: int
+    speed: Speed | None = None
+
+    @property
+    def steps_left(self) -> int | None:
+        """Steps to the end of the run; by the clock those that the probe's speed makes of the hours."""
+        if self.steps is not None:
+            return self.steps - self.steps_done
+        return round(self.hours * 3600 / self._seconds_per_step) if self.speed else None
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Time to the end, evaluations of the val loss included; None without a probe."""
+        if self.speed is None or self.hours is not None:
+            return None if self.speed is None else self.hours * 3600
+        evaluations = -(-self.steps_left // self.eval_steps) if self.eval_steps else 0
+        return self.steps_left * self.speed.step + evaluations * self.speed.evaluation
+
+    @property
+    def _seconds_per_step(self) -> float:
+        return self.speed.step + (self.speed.evaluation / self.eval_steps if self.eval_steps else 0)
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the data of the whole run; None when the number of steps is not known."""
+        if self.steps_left is None:
+            return None
+        return (self.steps_done + self.steps_left) * self.tokens_per_step / self.tokens_per_epoch
+
+
+def format_table(forecast: Forecast) -> list[str]:
+    """Return the preflight as lines for a person."""
+    lines = [
+        f"  parameters  {forecast.parameters:,}",
+        f"  memory      {_format_memory(forecast)}",
+        f"  a step      {forecast.tokens_per_step:,.0f} tokens; {forecast.setting}",
+    ]
+    if forecast.steps_left is not None:
+        lines.append(f"  steps       {_format_steps(forecast)}")
+    if forecast.speed is not None:
+        lines.append(f"  speed       {_format_speed(forecast)}")
+        lines.append(
+            f"  time        {format_seconds(forecast.seconds_left)} to the end, but for saves and samples"
+        )
+    lines.append(f"  disk        {_format_disk(forecast)}")
+    if forecast.epochs is not None:
+        lines.append(f"  data        {_format_data(forecast)}")
+    return lines + warn_epochs(forecast)
+
+
+def format_short(forecast: Forecast) -> list[str]:
+    """Return what is said before every run: the table without what takes a probe."""
+    data = [f"  data: {_format_data(forecast)}"] if forecast.epochs is not None else []
+    lines = [f"  memory: {_format_memory(forecast)}", f"  disk: {_format_disk(forecast)}", *data]
+    return lines + warn_epochs(forecast)
+
+
+def warn_epochs(forecast: Forecast) -> list[str]:
+    """Return a plain warning when the data would be read more often than that teaches; else nothing."""
+    if forecast.epochs is None or forecast.epochs <= MANY_EPOCHS[forecast.kind]:
+        return []
+    why = {
+        "text": "up to 4 times it teaches nearly as much as new text would (Muennighoff et al. 2023), then "
+        "less and less",
+        "conversations": "3 to 5 times are usual; dozens of times, and the answers are known by heart while "
+        "new questions are answered worse",
+    }[forecast.kind]
+    steps = max(1, round(3 * forecast.tokens_per_epoch / forecast.tokens_per_step))
+    return [
+        f"  warning: the same {forecast.kind} would be read {forecast.epochs:.0f} times. {why[0].upper()}"
+        f"{why[1:]}. Prepare more, or stop sooner: 3 times are --max_steps {steps}"
+    ]
+
+
+def _format_memory(forecast: Forecast) -> str:
+    limit = forecast.limit
+    return f"{describe_memory(forecast.memory)} of {format_gb(limit.num_bytes)} GB {limit.whose}"
+
+
+def _format_steps(forecast: Forecast) -> str:
+    if forecast.steps is None:
+        return f"about {forecast.steps_left:,} in {forecast.hours:g} hours"
+    done = f", {forecast.steps_done:,} of them done" if forecast.steps_done else ""
+    return f"{forecast.steps:,}{done}"
+
+
+def _format_speed(forecast: Forecast) -> str:
+    step, evaluation = forecast.speed.step, ""
+    if forecast.eval_steps:
+        evaluation = f"; val loss {forecast.speed.evaluation:.3g} s every {forecast.eval_steps} steps"
+    return f"{1 / step:.3g} steps/s, {forecast.tokens_per_step / step:,.0f} tokens/s{evaluation}"
+
+
+def _format_disk(forecast: Forecast) -> str:
+    each = format_gb(forecast.checkpoint_bytes)
+    total, free = format_gb(forecast.disk_bytes), format_gb(forecast.disk_free)
+    return f"{total} GB in checkpoints of {each} GB, of {free} GB free"
+
+
+def _format_data(forecast: Forecast) -> str:
+    tokens = forecast.epochs * forecast.tokens_per_epoch
+    return (
+        f"{tokens:,.0f} tokens, {tokens / forecast.parameters:.3g} for each parameter (about 20 use the "
+        f"compute best, Hoffmann et al. 2022), {forecast.epochs:.3g} epochs of "
+        f"{forecast.tokens_per_epoch:,.0f}"
+    )
+
+
+# --- what a step and an evaluation take
+
+
+class Probe(TrainerCallback):
+    """Take the time of the first steps, from the end of one to the end of the next; stands behind all others.
+
+    Evaluations and saves lie between two steps and are left out, loading the rows is not.
 
     Args:
-        optim: as in `--optim`. Muon keeps one momentum of each hidden matrix; bitsandbytes keeps 8 bits of
-            what is no embedding and no vector.
+        tell: called once, with the mean seconds of `PROBED` steps behind `WARM_UP`, and with Trainer's
+            state and control.
     """
-    hidden = sum(p.numel() for name, p in model.named_parameters() if ".h." in name and p.ndim > 1)
-    rest = sum(parameter.numel() for parameter in model.parameters()) - hidden
-    bytes_per_hidden = 4 if optim == "muon" else 2 if "8bit" in optim else 8
-    return hidden * bytes_per_hidden + rest * 8
+
+    def __init__(self, tell: Callable):
+        self.tell, self.seconds, self._mark = tell, [], None
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Note the time of the step."""
+        now = time.monotonic()
+        if len(self.seconds) < WARM_UP + PROBED:
+            self.seconds.append(now - self._mark)
+            if len(self.seconds) == WARM_UP + PROBED:
+                self.tell(self.mean, state, control)
+        self._mark = time.monotonic()
+        return control
+
+    def on_event(self, args, state, control, **kwargs):
+        """Begin the next step's time here."""
+        self._mark = time.monotonic()
+
+    on_train_begin = on_log = on_evaluate = on_save = on_event
+
+    @property
+    def mean(self) -> float:
+        """Seconds of a step, the first ones left out where there are others."""
+        kept = self.seconds[WARM_UP:] or self.seconds
+        return sum(kept) / len(kept)
+
+
+def run_probe(run) -> Speed:
+    """Train ten steps and read a part of the val set; the trainer is of no use afterwards.
+
+    Args:
+        run: a `trainer.RunTrainer` that neither saves nor evaluates.
+    """
+
+    def stop(seconds, state, control):
+        control.should_training_stop = True
+
+    probe = Probe(stop)
+    run.add_callback(probe)
+    run.train()
+    val, batch = run.eval_dataset, run.args.per_device_eval_batch_size
+    part = Subset(val, range(min(len(val), PROBED_BATCHES * batch)))
+    begin = time.monotonic()
+    evaluate_loss(run.model, part, run.tokenizer, batch_size=batch, bf16=run.args.bf16)
+    return Speed(probe.mean, (time.monotonic() - begin) * len(val) / len(part))
+
+
+# --- what cannot be done
+
+
+def count_disk_bytes(num_checkpoints: int, model_bytes: int, state_bytes: int) -> int:
+    """Return the bytes of a run's folder; at the end the weights lie beside the checkpoints once more."""
+    return int((num_checkpoints * (model_bytes + state_bytes) + model_bytes) * MARGIN) + SMALL_FILES
+
+
+def find_free_disk(run_dir: Path) -> int:
+    """Return the bytes that are free where the run is, or will be."""
+    there = next(folder for folder in (run_dir, *run_dir.absolute().parents) if folder.is_dir())
+    return shutil.disk_usage(there).free
 
 
 def check_disk(run_dir: Path, *, num_checkpoints: int, model_bytes: int, state_bytes: int) -> None:
@@ -53,12 +278,11 @@ def check_disk(run_dir: Path, *, num_checkpoints: int, model_bytes: int, state_b
             f"--model_dir {run_dir}: a file of {largest:,} bytes will be saved there, and this process may "
             f"write {limit:,} (ulimit -f); raise that"
         )
-    # At the end the weights lie beside the checkpoints once more.
-    needed = int((num_checkpoints * (model_bytes + state_bytes) + model_bytes) * MARGIN) + SMALL_FILES
+    needed = count_disk_bytes(num_checkpoints, model_bytes, state_bytes)
     present = sum(
         path.stat().st_size for folder in checkpoint.list_checkpoints(run_dir) for path in folder.iterdir()
     )
-    free = shutil.disk_usage(run_dir).free
+    free = find_free_disk(run_dir)
     if free + present < needed:
         raise IOFailed(
             f"--model_dir {run_dir}: {num_checkpoints} checkpoints and the model need {needed - present:,} "

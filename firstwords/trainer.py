@@ -19,7 +19,6 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -42,10 +41,11 @@ from firstwords.errors import BadBatch, BadFlag, Diverged, IOFailed
 from firstwords.loss import evaluate_loss, sum_losses
 from firstwords.model import GPT2LMHeadModel
 from firstwords.optimizer import MuonAdamWFactory
-from firstwords.pace import HORIZON, Pace, agree
+from firstwords.pace import HORIZON, Pace, agree, format_seconds
 from firstwords.schema import mask_control
 from firstwords.signals import StopWish
 from firstwords.tokenizer import Tokenizer
+from firstwords.wishes import check_optimizer, check_wishes
 
 
 def count_steps(flags: TrainFlags, rows_per_epoch: int) -> int:
@@ -101,20 +101,15 @@ def build_training_arguments(
         world_size: processes of the run.
 
     Raises:
-        BadFlag: for a value that it refuses, micro-batches that the processes cannot share, an optimizer
-            whose package is not installed, or checkpoints from which Trainer would go on with a fresh
+        BadFlag: for a value that it refuses, micro-batches that the processes cannot share, a wish that this
+            machine cannot meet (`wishes`), or checkpoints from which Trainer would go on with a fresh
             optimizer and say nothing.
     """
-    if "bnb" in flags.optim and find_spec("bitsandbytes") is None:
-        raise BadFlag(f"--optim {flags.optim}: bitsandbytes is not installed; pip install bitsandbytes")
+    check_wishes(flags, extra)
     if flags.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
         raise BadFlag(
             f"--lr_scheduler_type {flags.lr_scheduler_type}: is no function of the step; use cosine"
         )
-    if extra.get("torch_compile"):
-        _check_compiler(flags.device, extra.get("torch_compile_backend") or "inductor")
-    if extra.get("save_only_model"):
-        raise BadFlag("--save_only_model: such a run could not be gone on with; leave it out")
     for name in ("load_best_model_at_end", "metric_for_best_model"):
         if extra.get(name):
             raise BadFlag(
@@ -168,16 +163,8 @@ def build_training_arguments(
             f"--device {flags.device}: {arguments.n_gpu} GPUs and one process; launch with torchrun "
             "--nproc_per_node, or let it see one by CUDA_VISIBLE_DEVICES=0"
         )
+    check_optimizer(arguments)
     return arguments
-
-
-def _check_compiler(device: str, backend: str) -> None:
-    if backend != "inductor":
-        return
-    if device == "cuda" and find_spec("triton") is None:
-        raise BadFlag("--torch_compile: triton is not installed; pip install triton")
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise BadFlag("--torch_compile: there is no C++ compiler; apt-get install g++")
 
 
 def choose_optimizer(flags: TrainFlags, arguments: TrainingArguments) -> tuple[type, dict] | None:
@@ -770,13 +757,3 @@ def format_live(logs: dict[str, float]) -> str:
         f" matmul {logs['share_of_matmul']:.0%} mem {logs['peak_memory_gb']:.2f}G"
         f" left {format_seconds(logs['seconds_left'])}"
     )
-
-
-def format_seconds(seconds: float) -> str:
-    """Return a length of time for people: `2d03h`, `3h20m`, `4m05s`."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    if days:
-        return f"{days}d{hours:02}h"
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

@@ -26,6 +26,7 @@ import train
 from firstwords import atomic, model
 from firstwords.args import TrainFlags
 from firstwords.checkpoint import list_checkpoints, load_model, read_manifest, verify
+from firstwords.errors import Mismatch
 from firstwords.model import GPT2LMHeadModel
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import train_bpe
@@ -192,7 +193,8 @@ def test_too_little_memory_is_71_with_advice(home, tmp_path, monkeypatch):
     code, errors = go(home, tmp_path / "run")
     assert code == 71
     assert len(errors.splitlines()) == 1
-    assert "--batch_size 2 rows of --seq_len 64 do not fit; halve --batch_size and double" in errors
+    assert "--seq_len 64: there was no memory left; --batch_size " in errors
+    assert " takes the same steps with " in errors
 
 
 # --- a run from its beginning to its end
@@ -278,6 +280,13 @@ def test_another_flag_or_other_data_are_named_with_both_values(home, done, used,
         assert why in errors
         assert "--allow_change" in errors
         assert hash_files(run) == before
+
+
+def test_a_flag_that_an_older_run_did_not_know_had_its_default():
+    theirs = {"lr": "0.1"}
+    train.compare_runs(TrainFlags(), theirs, theirs | {"hours": "None", "recompute": "none"})
+    with pytest.raises(Mismatch, match="hours was None, is 2.0"):
+        train.compare_runs(TrainFlags(), theirs, theirs | {"hours": "2.0"})
 
 
 def test_a_change_that_is_allowed_goes_on(home, used):

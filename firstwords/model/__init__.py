@@ -154,22 +154,32 @@ def build_model(path: Path, tokenizer: Tokenizer, *, seed: int) -> GPT2LMHeadMod
     Raises:
         MissingInput, BadFlag: as `read_config`, and for values of which no model can be made.
     """
-    values = read_config(path)
+    config = build_config(path, tokenizer)
     torch.manual_seed(seed)
     try:
-        config = GPT2Config(
-            **values,
+        model = GPT2LMHeadModel(config)
+    except (ValueError, KeyError, RuntimeError) as error:
+        raise _no_model(path, error) from None
+    set_generation(model, tokenizer)
+    return model
+
+
+def build_config(path: Path, tokenizer: Tokenizer) -> GPT2Config:
+    """Return the configuration of a model of which no weight is made; errors as of `build_model`."""
+    try:
+        return GPT2Config(
+            **read_config(path),
             vocab_size=tokenizer.vocab_size_padded,
             bos_token_id=tokenizer.endoftext_id,
             eos_token_id=tokenizer.end_id,
             pad_token_id=tokenizer.pad_id,
         )
-        model = GPT2LMHeadModel(config)
     except (StrictDataclassError, ValueError, KeyError, RuntimeError) as error:
-        why = " ".join(str(error).split())
-        raise BadFlag(f"--cfg {path}: gives no model ({why}); mend it") from None
-    set_generation(model, tokenizer)
-    return model
+        raise _no_model(path, error) from None
+
+
+def _no_model(path: Path, error: Exception) -> BadFlag:
+    return BadFlag(f"--cfg {path}: gives no model ({' '.join(str(error).split())}); mend it")
 
 
 def set_generation(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> None:
@@ -211,6 +221,13 @@ def quiet_transformers() -> None:
     transformers.logging.disable_progress_bar()
 
 
+_ADVICE = {
+    "cuda": "nvidia-smi says whether the driver sees one, and torch must be a build for CUDA "
+    "(pytorch.org); or use --device cpu",
+    "mps": "it takes a Mac with Apple's chip; use --device cpu",
+}
+
+
 def find_device(name: str) -> str:
     """Return `cpu`, `cuda` or `mps`; `auto` takes the first GPU that is there, else the CPU.
 
@@ -221,7 +238,7 @@ def find_device(name: str) -> str:
     if name == "auto":
         return next(device for device in there if there[device])
     if not there.get(name):
-        raise BadFlag(f"--device {name}: torch {torch.__version__} finds none here; use --device cpu")
+        raise BadFlag(f"--device {name}: torch {torch.__version__} finds none here; {_ADVICE[name]}")
     return name
 
 

@@ -1,0 +1,71 @@
+"""Wishes that a machine may not be able to meet -> nothing, or a refusal that says what to install.
+
+    check_wishes(flags, {"torch_compile": True})       # BadFlag: no C++ compiler; apt-get install g++
+
+Invariant: what would be left out, or computed otherwise, without a word is refused before a run begins.
+"""
+
+import os
+import shutil
+from importlib.util import find_spec
+
+from transformers import Trainer, TrainingArguments
+
+from firstwords.args import TrainFlags
+from firstwords.errors import BadFlag
+
+# Fields of `TrainingArguments` that this trainer cannot do, and why.
+REFUSED = {
+    "fp16": "its scaled gradients overflow now and then, which ends a run here; use --bf16, or neither",
+    "use_liger_kernel": "Liger has no kernels for GPT-2, nothing would change; leave it out",
+    "save_only_model": "such a run could not be gone on with; leave it out",
+}
+
+
+def check_wishes(flags: TrainFlags, extra: dict) -> None:
+    """Refuse what is wished for and not there.
+
+    Args:
+        flags: ours, with the device chosen.
+        extra: fields of `TrainingArguments` beside them.
+
+    Raises:
+        BadFlag: with what to install, or what to use instead.
+    """
+    for name, why in REFUSED.items():
+        if extra.get(name):
+            raise BadFlag(f"--{name}: {why}")
+    if extra.get("torch_compile"):
+        _check_compiler(flags.device, extra.get("torch_compile_backend") or "inductor")
+    _check_launcher(flags)
+
+
+def check_optimizer(arguments: TrainingArguments) -> None:
+    """Refuse an optimizer whose package is missing, in Trainer's words; it would fail at the first step.
+
+    Raises:
+        BadFlag: naming the package.
+    """
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(arguments)
+    except (ImportError, ValueError, RuntimeError) as error:
+        why = " ".join(str(error).split())
+        raise BadFlag(f"--optim {arguments.optim.value}: {why}; or use adamw_torch_fused") from None
+
+
+def _check_compiler(device: str, backend: str) -> None:
+    if backend != "inductor":
+        return
+    if device == "cuda" and find_spec("triton") is None:
+        raise BadFlag("--torch_compile: triton is not installed; pip install triton")
+    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise BadFlag("--torch_compile: there is no C++ compiler; apt-get install g++")
+
+
+def _check_launcher(flags: TrainFlags) -> None:
+    # accelerate launch --mixed_precision says it by this variable, and Trainer follows it without a word.
+    wished = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if wished == "fp8":
+        raise BadFlag("--mixed_precision fp8: nothing is computed in fp8 here, with any package; use --bf16")
+    if wished not in ("no", "bf16") or wished == "bf16" and not flags.bf16:
+        raise BadFlag(f"--mixed_precision {wished}: give accelerate none, and train.py --bf16 or not")

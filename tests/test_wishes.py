@@ -1,0 +1,84 @@
+"""What is wished for and not there: exit 2, with what to install, before a run begins."""
+
+import sys
+
+import pytest
+from tiny import build_flags, invent_talks, run_script, write_chats, write_config
+
+import train
+from firstwords import wishes
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    home = tmp_path_factory.mktemp("home")
+    write_config(home / "c.json")
+    write_chats(home / "chats", invent_talks(10))
+    return home
+
+
+def refuse(home, tmp_path, **flags):
+    """Run train.py, which refuses; return its one line."""
+    words = build_flags(home / "chats", tmp_path / "run", home / "c.json", **flags)
+    code, errors = run_script(train, words)
+    assert (code, len(errors.splitlines())) == (2, 1), errors
+    assert not (tmp_path / "run").exists()
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"fp16": True}, "--fp16: its scaled gradients overflow"),
+        ({"fp8": True}, "--fp8: nothing is computed in fp8 here"),
+        ({"use_liger_kernel": True}, "--use_liger_kernel: Liger has no kernels for GPT-2"),
+        ({"optim": "lomo"}, "--optim lomo: You need to install `lomo"),
+        ({"optim": "adamw_torch_8bit"}, "torchao"),
+    ],
+)
+def test_what_cannot_be_done_is_said(home, tmp_path, flags, why):
+    assert why in refuse(home, tmp_path, **flags)
+
+
+def test_eight_bits_without_bitsandbytes_name_the_package(home, tmp_path, monkeypatch):
+    from transformers import trainer_optimizer
+
+    monkeypatch.setattr(trainer_optimizer, "is_bitsandbytes_available", lambda: False)
+    assert "pip install -U bitsandbytes" in refuse(home, tmp_path, optim="adamw_bnb_8bit")
+
+
+def test_compile_without_a_compiler(home, tmp_path, monkeypatch):
+    monkeypatch.setattr(wishes.shutil, "which", lambda name: None)
+    line = "--torch_compile: there is no C++ compiler; apt-get install g++"
+    assert line in refuse(home, tmp_path, torch_compile=True)
+
+
+def test_compile_on_a_gpu_without_triton(monkeypatch):
+    monkeypatch.setattr(wishes, "find_spec", lambda name: None)
+    with pytest.raises(wishes.BadFlag, match="pip install triton"):
+        wishes._check_compiler("cuda", "inductor")
+
+
+def test_a_compiler_may_have_any_name(monkeypatch):
+    monkeypatch.setenv("CXX", sys.executable)
+    wishes._check_compiler("cpu", "inductor")
+
+
+@pytest.mark.parametrize(
+    ("wished", "bf16", "why"),
+    [
+        ("fp8", None, "fp8: nothing is computed in fp8"),
+        ("bf16", None, "bf16: give accelerate none"),
+        ("fp16", None, "fp16: give"),
+    ],
+)
+def test_a_precision_that_only_the_launcher_names(home, tmp_path, monkeypatch, wished, bf16, why):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", wished)
+    assert f"--mixed_precision {why}" in refuse(home, tmp_path)
+
+
+def test_a_gpu_that_is_not_there_says_what_it_takes(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.backends.mps.is_available", lambda: False)
+    assert "torch must be a build for CUDA" in refuse(home, tmp_path, device="cuda")
+    assert "it takes a Mac" in refuse(home, tmp_path, device="mps")
