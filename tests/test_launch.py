@@ -161,13 +161,13 @@ def test_what_is_on_paper_was_calculated():
 @pytest.fixture
 def small(tmp_path):
     """The environment of a small run: a text in place of FineWeb-Edu, 40 steps."""
-    (tmp_path / "text.txt").write_text("tea and birds and the sea\n\n" * 400)
+    (tmp_path / "text.txt").write_text("\n\n".join(f"tea and {n} birds and the sea" for n in range(400)))
     write_config(tmp_path / "c.json")
     train = (
         "--seq_len 64 --batch_size 2 --grad_accum 4 --max_steps 40 --log_steps 1 --save_steps 20 --device cpu"
     )
     return build_place(tmp_path, REAL) | {
-        "TEXT": f"--dataset {tmp_path / 'text.txt'} --split_docs paragraph --tokenizer char",
+        "TEXT": f"--dataset {tmp_path / 'text.txt'} --split_docs blank_line --tokenizer char",
         "TRAIN": f"--cfg {tmp_path / 'c.json'} {train}",
         "SCORES": "--device cpu",
     }

@@ -162,7 +162,7 @@ def test_four_processes_and_every_number_in_turn(nursery, home, alone, tmp_path)
     check_equal(run, alone)
     check_rows(home, tmp_path, size=4, batch_size=1)
     run = tmp_path / "turns"
-    for size in (4, 1, 2):
+    for size in (1, 2):  # stopped in their steps 1 and 3
         codes, _ = run_team(nursery, words(home, run, **flags), size, (signal_in, "forward", TERM), at=[0])
         assert codes == [75] * size
     assert run_team(nursery, words(home, run, **flags), 4)[0] == [0] * 4
