@@ -230,7 +230,8 @@ def test_a_finished_run_is_told_once(nursery, home, alone):
 def test_an_error_of_one_in_training_ends_all(nursery, home, tmp_path):
     codes, errors = run_team(nursery, words(home, tmp_path / "run"), 2, (lose_memory, 3), at=[1])
     assert codes == [71, 71]
-    assert errors[0].startswith("error: --batch_size 2 rows of --seq_len 64 do not fit")
+    assert errors[0].startswith("error: --batch_size 2 --grad_accum ")
+    assert "with --seq_len 64: there was no memory left; " in errors[0]
     assert errors[0].count("\n") == 1
     assert errors[1] == ""
 
