@@ -18,7 +18,6 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -137,7 +136,9 @@ class Tokenizer:
         return lambda text: np.concatenate([encode(part) for part in _cut_blanks(text)])
 
     @cached_property
-    def _bpe(self) -> tiktoken.Encoding:
+    def _bpe(self):
+        import tiktoken  # here: what only builds models, benchmarks on bare machines, does without it
+
         ranks = {token: rank for rank, token in enumerate(self.vocabulary)}
         # The special token is never allowed, so it is text like any other; but without one `encode_to_numpy`
         # looks for it at every place, and takes 1.7 times as long.

@@ -28,7 +28,7 @@ from firstwords.checkpoint import (
     write_manifest,
 )
 from firstwords.errors import Damaged, IOFailed, Mismatch, MissingInput
-from firstwords.model import build_model
+from firstwords.model import attention, build_model
 
 MODEL_FILES = ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json")
 STATE_FILES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
@@ -376,7 +376,7 @@ def test_what_was_saved_is_loaded(saved):
     assert torch.equal(logits_of(loaded), logits_of(model))
     assert not loaded.training
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
-    assert loaded.config._attn_implementation == "sdpa"
+    assert loaded.config._attn_implementation == attention.NAME
     assert load_model(folder, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
@@ -454,7 +454,7 @@ def test_code_and_kernels_that_the_config_names_are_ignored(saved):
         torch_dtype="float16",
     )
     loaded = load_model(folder)
-    assert loaded.config._attn_implementation == "sdpa"
+    assert loaded.config._attn_implementation == attention.NAME
     assert loaded.dtype == torch.float32
     assert not hasattr(loaded.config, "auto_map")
     assert torch.equal(logits_of(loaded), logits_of(model))
