@@ -348,13 +348,14 @@ def test_the_tutorial_gives_slurm_the_same_step(tmp_path, monkeypatch, tokenizer
     pytest.importorskip("datatrove")
     from datatrove.executor import SlurmPipelineExecutor
 
-    block = next(b for b in (ROOT / "tutorial.md").read_text().split("```python")[1:] if "Slurm" in b)
+    blocks = (b.split("```")[0] for b in (ROOT / "tutorial.md").read_text().split("```python")[1:])
+    block = next(block for block in blocks if "SlurmPipelineExecutor" in block)
     (tmp_path / "my_texts").mkdir()
     write_jsonl(tmp_path / "my_texts" / "a.jsonl", ["one", "two"])
     monkeypatch.chdir(tmp_path)
     launched = []
     monkeypatch.setattr(SlurmPipelineExecutor, "run", lambda self: launched.append(self))
-    exec(block.split("```")[0].replace('"gpt2"', repr(str(tokenizer))), {})
+    exec(block.replace('"gpt2"', repr(str(tokenizer))), {})
     (step,) = launched[0].pipeline
     list(step.run(rank=0, world_size=launched[0].tasks))
     flags = ["--engine", "datatrove", "--tasks", "1000"]
