@@ -11,6 +11,7 @@ conversation after the other, 50 to 66 ms in groups of one padded length, 143 ms
 """
 
 import inspect
+import math
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
@@ -138,8 +139,11 @@ def _attend_varlen(query, key, value, documents, longest, dropout, scaling):
     """Attend by torch's kernel for rows of many lengths; shapes as of `_attend_each`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    if scaling is not None:  # the first releases take no scale, and multiply by this themselves
-        query = query * (scaling * query.shape[-1] ** 0.5)
+    # The first releases take no scale, and multiply by D ** -0.5 themselves; GPT-2 asks for the same, and a
+    # query that was multiplied by 1 would be kept for the backward pass once more.
+    factor = 1.0 if scaling is None else scaling * query.shape[-1] ** 0.5
+    if not math.isclose(factor, 1.0):
+        query = query * factor
     return varlen_attn(query, key, value, documents, documents, longest, longest, **_say_causal(varlen_attn))
 
 
