@@ -41,7 +41,7 @@ from firstwords.errors import (
     suggest,
 )
 from firstwords.explain import explain
-from firstwords.ranks import Ranks, join_ranks
+from firstwords.ranks import Ranks, count_local, find_local, join_ranks
 from firstwords.signals import STOP, StopWish
 
 MODELS = Path(__file__).parent / "configs" / "models"
@@ -298,7 +298,8 @@ def open_run(flags: TrainFlags, extra: dict, ranks: Ranks) -> Opened:
     flags.device = choose_device(flags, extra)
     tokenizer = open_tokenizer(flags)
     folder = find_weights(flags)
-    room = fit.Room(flags, read_shape(flags, folder, tokenizer), world_size=ranks.size)
+    shape = read_shape(flags, folder, tokenizer)
+    room = fit.Room(flags, shape, world_size=ranks.size, is_sharded=asks_fsdp(extra))
     if flags.batch_tokens is not None:
         room.choose(read_setting(flags))
         # Each process sees another moment of the memory: what the first has chosen is what all take.
@@ -500,7 +501,7 @@ def close_run(flags: TrainFlags, folder: Path) -> None:
 
 
 def choose_device(flags: TrainFlags, extra: dict) -> str:
-    """Return `cpu`, `cuda` or `mps`, and refuse what the machine cannot do.
+    """Return `cpu`, `cuda` or `mps`, and refuse what the machine cannot do; each process takes its own GPU.
 
     Raises:
         BadFlag: for a device that is not there, bf16 that it has not, FSDP without GPUs (accelerate would
@@ -517,12 +518,13 @@ def choose_device(flags: TrainFlags, extra: dict) -> str:
         raise BadFlag(f"--device {device}: FSDP needs GPUs; take configs/accelerate/ddp.yaml or torchrun")
     if asks_fsdp(extra) and flags.optim == "muon":
         raise BadFlag("--optim muon: needs whole matrices, which FSDP cuts; take configs/accelerate/ddp.yaml")
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if device == "cuda" and processes > cuda.device_count():
+    if device == "cuda" and count_local() > cuda.device_count():
         raise BadFlag(
-            f"--device cuda: {processes} processes were started on this machine, and its GPUs are "
+            f"--device cuda: {count_local()} processes were started on this machine, and its GPUs are "
             f"{cuda.device_count()}; start one for each"
         )
+    if device == "cuda" and find_local() is not None:
+        cuda.set_device(find_local())  # before anybody asks how much memory the GPU has
     return device
 
 

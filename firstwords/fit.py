@@ -18,6 +18,7 @@ from transformers import GPT2Config
 from firstwords.args import TrainFlags
 from firstwords.errors import BadFlag, OutOfMemory
 from firstwords.memory import Memory, predict_memory
+from firstwords.ranks import count_local
 from firstwords.recompute import LEVELS
 
 # Tokens in a micro-batch beyond which a device is hardly busier: of a CPU those of the recipes, of a GPU
@@ -62,13 +63,17 @@ class Room:
         flags: of the run; `choose` writes into them.
         config: of the model.
         world_size: processes among which the micro-batches of a step are shared.
+        is_sharded: they share weights, gradients and optimizer too (FSDP).
 
     Attributes:
         limit: looked up now, before the run takes anything.
     """
 
-    def __init__(self, flags: TrainFlags, config: GPT2Config, *, world_size: int = 1):
-        self.flags, self.config, self.world_size = flags, config, world_size
+    def __init__(
+        self, flags: TrainFlags, config: GPT2Config, *, world_size: int = 1, is_sharded: bool = False
+    ):
+        self.flags, self.config = flags, config
+        self.world_size, self.is_sharded = world_size, is_sharded
         self.limit = find_limit(flags.device, flags.vram_gb)
 
     @property
@@ -92,6 +97,8 @@ class Room:
             recompute=setting.recompute,
             grad_accum=setting.grad_accum // self.world_size,
             device=self.flags.device,
+            world_size=self.world_size,
+            is_sharded=self.is_sharded,
         )
 
     def choose(self, before: Setting | None) -> None:
@@ -213,8 +220,8 @@ def choose_setting(
 def find_limit(device: str, vram_gb: float | None = None) -> Limit:
     """Return the memory that a run may take on this machine, or less where `--vram_gb` asks for less.
 
-    Of a GPU what is free, of a CPU what the system and the control group that we are in have left. A card's
-    size in GB is less `TAKEN`: 16 GB are 15 GiB for the run.
+    Of a GPU what is free; of a CPU what the system and the control group that we are in have left, shared
+    among the processes of the run there. A card's size in GB is less `TAKEN`: 16 GB are 15 GiB for the run.
     """
     there = Limit(*_find_free(device))
     if vram_gb is None:
@@ -231,11 +238,15 @@ def hold_to(limit: Limit) -> None:
 
 def _find_free(device: str) -> tuple[int, str]:
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0], "free on the GPU"
+        # After a rollback torch still holds what the try before had, and will give it again.
+        held = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return torch.cuda.mem_get_info()[0] + held, "free on the GPU"
     if device == "mps":
         return torch.mps.recommended_max_memory(), "of the GPU"
     rooms = [*_list_cgroup_rooms(), psutil.virtual_memory().available]
-    return min(rooms), "free on this machine"
+    processes = count_local()
+    each = f" for each of {processes} processes" if processes > 1 else ""
+    return min(rooms) // processes, f"free on this machine{each}"
 
 
 def _list_cgroup_rooms() -> Iterator[int]:

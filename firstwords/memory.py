@@ -101,8 +101,13 @@ def predict_memory(
     grad_accum: int = 1,
     device: str = "cuda",
     whole_logits: bool = False,
+    world_size: int = 1,
+    is_sharded: bool = False,
 ) -> Memory:
-    """Return what a training step takes on the device.
+    """Return what a training step takes on the device, of several processes in each.
+
+    Under DDP the buckets that are sent hold all gradients once more (torch's `gradient_as_bucket_view` is
+    off). Of FSDP it is an estimate that was not measured.
 
     Args:
         config: of the model.
@@ -115,11 +120,18 @@ def predict_memory(
             with one they come while the activations go.
         device: decides how many logits are made at a time.
         whole_logits: the loss of transformers, which makes all of them.
+        world_size: processes of the run.
+        is_sharded: FSDP cuts weights, gradients and state among them.
     """
     weights, tokens = count_weights(config), batch_size * seq_len
-    held = {"weights": 4 * weights.total, "optimizer": count_state_bytes(config, optim)}
-    every = {**held, "gradients": 4 * weights.total}
-    before = every if grad_accum > 1 else held
+    shards = world_size if is_sharded else 1
+    gathered, sent = _count_shared(weights, config.n_layer, world_size, is_sharded)
+    held = {
+        "weights": 4 * weights.total // shards + gathered,
+        "optimizer": count_state_bytes(config, optim) // shards,
+    }
+    every = {**held, "gradients": 4 * weights.total // shards + sent}
+    before = every if grad_accum > 1 else {**held, "gradients": sent}
     activations = tokens * count_activation_bytes(config, bf16=bf16, recompute=recompute)
     block = tokens * _count_block_bytes(config, bf16=bf16, recompute=recompute)
     casts = 2 * weights.hidden * bf16
@@ -138,7 +150,17 @@ def predict_memory(
         Memory(**every, activations=activations // config.n_layer, workspace=block),
         Memory(**every, workspace=9 * weights.hidden if optim == "muon" else 0),
     ]
+    if is_sharded:  # the first process evaluates a copy of the whole
+        moments.append(Memory(**held | {"weights": held["weights"] + 4 * weights.total}))
     return max(moments, key=lambda memory: memory.total)
+
+
+def _count_shared(weights: Weights, n_layer: int, world_size: int, is_sharded: bool) -> tuple[int, int]:
+    """Return the bytes of weights and of gradients that a process holds because there are others."""
+    two_blocks = 4 * 2 * weights.hidden // n_layer  # one in use, one on its way
+    if is_sharded:
+        return 4 * weights.embeddings + two_blocks, two_blocks
+    return 0, 4 * weights.total if world_size > 1 else 0
 
 
 def count_activation_bytes(config: GPT2Config, *, bf16: bool, recompute: str = "none") -> int:

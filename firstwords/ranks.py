@@ -152,6 +152,16 @@ def _build_error(code: int, text: str) -> BaseException:
     return kinds[code](text) if code in kinds else KeyboardInterrupt()
 
 
+def count_local() -> int:
+    """Return how many processes of the run are on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def find_local() -> int | None:
+    """Return the number of this process among them, from 0; None where no launcher has started it."""
+    return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else None
+
+
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
     """Meet the other processes of the run, and end as they do.

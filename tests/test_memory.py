@@ -117,3 +117,17 @@ def test_with_accumulation_the_gradients_stand_beside_the_activations():
     run = {"batch_size": 16, "seq_len": 1024, "bf16": True}
     one, many = (predict_memory(shape("baseline_355m"), grad_accum=n, **run) for n in (1, 2))
     assert many.total - one.total == many.gradients == many.weights
+
+
+def test_ddp_holds_all_gradients_once_more():
+    run = {"batch_size": 16, "seq_len": 1024, "bf16": True, "grad_accum": 2}
+    alone, among = (predict_memory(shape("baseline_355m"), world_size=n, **run) for n in (1, 2))
+    assert among.total - alone.total == among.weights
+    assert among.gradients == 2 * among.weights
+
+
+def test_fsdp_cuts_what_the_optimizer_keeps():
+    run = {"batch_size": 1, "seq_len": 1024, "bf16": True, "grad_accum": 2}
+    whole, cut = (predict_memory(shape("baseline_355m"), world_size=8, is_sharded=s, **run) for s in (0, 1))
+    assert cut.optimizer == whole.optimizer // 8
+    assert cut.total < whole.total

@@ -292,6 +292,29 @@ def test_a_card_of_16_gb_has_15_gib_for_the_run(monkeypatch):
     assert find_limit("cuda", 99) == Limit(80 << 30, "free on the GPU")
 
 
+def test_what_a_rollback_leaves_with_torch_is_free(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 70 * GB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: GB)
+    assert find_limit("cuda") == Limit(71 * GB, "free on the GPU")
+
+
+def test_processes_on_one_machine_share_its_memory(monkeypatch):
+    monkeypatch.setattr(fit, "_list_cgroup_rooms", lambda: [9 * GB])
+    monkeypatch.setattr(fit.psutil, "virtual_memory", lambda: SimpleNamespace(available=12 * GB))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert find_limit("cpu") == Limit(3 * GB, "free on this machine for each of 3 processes")
+
+
+def test_a_model_that_only_fits_in_parts_is_not_refused(monkeypatch):
+    monkeypatch.setattr(fit, "find_limit", lambda *args: Limit(5 * GB, "free on the GPU"))
+    config = GPT2Config(n_layer=24, n_head=16, n_embd=1024, vocab_size=50_304)
+    flags = TrainFlags(device="cuda", bf16=True, batch_size=1, grad_accum=8)
+    Room(flags, config, world_size=8, is_sharded=True).check()
+    with pytest.raises(OutOfMemory):
+        Room(flags, config, world_size=8).check()
+
+
 def test_a_larger_card_is_held_to_the_limit(monkeypatch):
     card, held = SimpleNamespace(total_memory=80 << 30), []
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

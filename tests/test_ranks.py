@@ -323,6 +323,18 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
         train.choose_device(TrainFlags(device="cuda"), {})
 
 
+def test_each_process_looks_at_its_own_gpu(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert train.choose_device(TrainFlags(device="cuda"), {}) == "cuda"
+    assert taken == []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    train.choose_device(TrainFlags(device="cuda"), {})
+    assert taken == [3]
+
+
 # --- by the launchers
 
 
