@@ -93,7 +93,8 @@ def start(job, folder, env):
 
 
 @pytest.mark.parametrize("job", ["slurm", "sky"])
-def test_every_flag_of_the_jobs_is_known(tmp_path, job):
+def test_every_flag_of_the_jobs_is_known(tmp_path, job, monkeypatch):
+    monkeypatch.chdir(ROOT)
     env = build_place(tmp_path, NOTE)
     env |= {name: text for name, text in SKY["envs"].items() if name != "DIR"} if job == "sky" else {}
     process = start(job, tmp_path, env)
