@@ -164,8 +164,9 @@ class KeepPace(TrainerCallback):
         return control
 
     def on_save(self, args, state, control, **kwargs):
-        """Take the file away, now that the checkpoint says what it said."""
-        if self.pace.cooldown is not None and state.is_world_process_zero:
+        """Take the file away when a checkpoint says what it said; not after a save that failed."""
+        is_saved = (self.path.parent / f"checkpoint-{state.global_step}").is_dir()
+        if self.pace.cooldown is not None and state.is_world_process_zero and is_saved:
             self.path.unlink(missing_ok=True)
 
 

@@ -475,7 +475,8 @@ class RunTrainer(transformers.Trainer):
         if self.args.world_size > 1:
             files = self._gather(self._read_rng_files())
             self._rng_files = {name: content for part in files for name, content in part.items()}
-        self._staging = run_dir / f"{atomic.STAGING}{os.getpid()}"
+        # On a disk that machines share, the number of a process may be that of one on another machine.
+        self._staging = run_dir / f"{atomic.STAGING}{os.getpid()}-{self.args.process_index}"
         try:
             super()._save_checkpoint(model, trial)
             if self.args.should_save:

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import time
 from pathlib import Path
 
 import transformers
@@ -141,3 +142,25 @@ def fsdp_on_cpu():
     kind = accelerate.state.DistributedType.MULTI_GPU
     accelerate.state.PartialState._prepare_backend = lambda *args: ("gloo", kind)
     train.choose_device = lambda flags, extra: "gpus"
+
+
+def share_number(path):
+    """Have the number that a process on another machine has too; the first saves later than that one."""
+    from firstwords import checkpoint
+    from firstwords.trainer import RunTrainer
+
+    os.getpid = lambda: 4321
+    write, save = checkpoint.write_manifest, RunTrainer._save_checkpoint
+
+    def write_late(folder, meta):
+        until = time.monotonic() + 20
+        while not Path(path).exists() and time.monotonic() < until:
+            time.sleep(0.01)
+        write(folder, meta)
+
+    def mark(self, *rest):
+        save(self, *rest)
+        if os.environ["RANK"] == "1":
+            Path(path).touch()
+
+    checkpoint.write_manifest, RunTrainer._save_checkpoint = write_late, mark

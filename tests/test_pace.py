@@ -6,8 +6,9 @@ import pytest
 from tiny import build_flags, hash_files, invent_talks, run_script, write_chats, write_config
 
 import train
-from firstwords import monitor, pace
+from firstwords import checkpoint, monitor, pace
 from firstwords.checkpoint import is_complete, list_checkpoints, read_manifest
+from firstwords.errors import IOFailed
 from firstwords.pace import HORIZON, Cooldown, Pace
 from firstwords.trainer import StopOnSignal
 
@@ -125,6 +126,32 @@ def test_a_kill_right_after_a_cooldown_began_does_not_undo_it(home, tmp_path, mo
     assert [folder.name for folder in list_checkpoints(run)] == ["checkpoint-6"]
     assert go(home, run, max_steps=99, decay_steps=4, save_steps=50) == (0, "")
     assert read_manifest(run)["step"] == 10
+
+
+def test_a_cooldown_whose_save_failed_is_still_asked_for_after_a_kill(home, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    publish = checkpoint.publish
+
+    def fail_at_6(staging, *args, **kwargs):
+        if staging.name == "checkpoint-6":
+            raise IOFailed("no space left on device")
+        publish(staging, *args, **kwargs)
+
+    def die(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            (run / "COOLDOWN").touch()
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint, "publish", fail_at_6)
+    monkeypatch.setattr(StopOnSignal, "on_step_begin", die)
+    assert go(home, run, max_steps=99, decay_steps=4)[0] == 130
+    monkeypatch.undo()
+    assert [folder.name for folder in list_checkpoints(run)] == ["checkpoint-5"]
+    assert (run / "COOLDOWN").exists()
+    assert go(home, run, max_steps=99, decay_steps=4) == (0, "")
+    assert read_manifest(run)["step"] == 10
+    assert not (run / "COOLDOWN").exists()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from team import (
     note_rows,
     poison_batch,
     run_team,
+    share_number,
     start_team,
     wait_for,
 )
@@ -251,6 +252,13 @@ def test_a_killed_process_leaves_nobody_waiting(nursery, home, alone, tmp_path):
 def test_a_killed_first_process_leaves_nobody_waiting(nursery, home, tmp_path):
     codes, _ = run_team(nursery, words(home, tmp_path / "run"), 2, (kill_in_step, 3), at=[0])
     assert codes == [-signal.SIGKILL, 74]
+
+
+def test_processes_of_one_number_on_two_machines_do_not_meet_on_the_disk(nursery, home, alone, tmp_path):
+    run = tmp_path / "run"
+    codes, errors = run_team(nursery, words(home, run), 2, (share_number, tmp_path / "seen"))
+    assert (codes, errors) == ([0, 0], ["", ""])
+    check_equal(run, alone)
 
 
 def test_a_loss_that_breaks_in_one_breaks_the_step_in_all(nursery, home, tmp_path):
