@@ -398,6 +398,8 @@ def describe_run(flags: TrainFlags, extra: dict, origins: dict[str, str], ranks:
 
     opened = open_run(flags, extra, ranks)
     meta = build_meta(flags, extra, opened)
+    if flags.batch_tokens is not None:
+        origins = origins | dict.fromkeys(("batch_size", "grad_accum", "recompute"), "choice")
     if flags.explain:
         for line in explain(flags, extra, origins, gather_facts(flags, opened, meta)):
             print_line(line, sys.stdout)

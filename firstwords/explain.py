@@ -69,7 +69,12 @@ WORDS = {
     "debug": "For whoever wants to find where it was raised.",
 }
 
-ORIGINS = {"flag": "from the command line", "recipe": "from the recipe", "default": "default"}
+ORIGINS = {
+    "flag": "from the command line",
+    "recipe": "from the recipe",
+    "choice": "chosen for --batch_tokens",
+    "default": "default",
+}
 
 
 def explain(flags: TrainFlags, extra: dict, origins: dict[str, str], facts: dict) -> list[str]:
@@ -78,7 +83,7 @@ def explain(flags: TrainFlags, extra: dict, origins: dict[str, str], facts: dict
     Args:
         flags: of the run.
         extra: fields of `TrainingArguments` beside them.
-        origins: name of a flag -> `flag` or `recipe`; the others are defaults.
+        origins: name of a flag -> `flag`, `recipe` or `choice`; the others are defaults.
         facts: what the sentences name beside the flags, see `WORDS`.
     """
     lines = []

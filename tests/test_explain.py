@@ -53,3 +53,13 @@ def test_a_flag_beats_the_recipe_in_its_origin_too(tmp_path):
     (tmp_path / "r.yaml").write_text("lr: 0.5\nbf16: true\nseed: 3\n")
     origins = find_origins(["--recipe", str(tmp_path / "r.yaml"), "--seed", "4", "--adam_beta2", "0.9"])
     assert origins == {"recipe": "flag", "lr": "recipe", "bf16": "recipe", "seed": "flag"}
+
+
+def test_what_batch_tokens_chooses_is_no_default(tmp_path, capsys):
+    cfg = write_config(tmp_path / "c.json")
+    data = write_chats(tmp_path / "chats", invent_talks(20))
+    flags = {"batch_size": None, "batch_tokens": 256, "explain": True}
+    assert run_script(train, build_flags(data, tmp_path / "run", cfg, **flags)) == (0, "")
+    page = capsys.readouterr().out
+    assert "--batch_size 4  (chosen for --batch_tokens)" in page
+    assert "--grad_accum 1  (chosen for --batch_tokens)" in page
