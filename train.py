@@ -16,7 +16,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import astuple, dataclass, replace
 from importlib.metadata import version
@@ -58,6 +58,8 @@ FREE_FLAGS = {
 }
 # What `--batch_tokens` chooses by the memory that is there; the steps stay the same.
 CHOSEN_FLAGS = {"batch_size", "grad_accum"}
+# And what of it changes nothing at all beside them.
+CHOSEN_BY_TOKENS = (*sorted(CHOSEN_FLAGS), "recompute")
 # Packages of which another version may compute another number.
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers")
 
@@ -157,13 +159,15 @@ def check_given(flags: TrainFlags, origins: dict[str, str]) -> None:
     """Refuse what contradicts another flag only when it was said.
 
     Raises:
-        BadFlag: for a micro-batch beside `--batch_tokens`, which chooses it.
+        BadFlag: for a micro-batch beside `--batch_tokens`, which chooses it; that of a recipe gives way to
+            `--batch_tokens` on the command line.
     """
     if flags.batch_tokens is None:
         return
-    for name in ("batch_size", "grad_accum", "recompute"):
+    is_flag = origins["batch_tokens"] == "flag"
+    for name in CHOSEN_BY_TOKENS:
         is_said = name in origins or name == "recompute" and flags.recompute != "none"
-        if is_said:
+        if is_said and not (is_flag and origins.get(name) == "recipe"):
             raise BadFlag(
                 f"--{name}: is {getattr(flags, name)}, but --batch_tokens {flags.batch_tokens} chooses it; "
                 "leave one of them out"
@@ -205,7 +209,7 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
     """
     from firstwords import checkpoint, trainer
     from firstwords.pace import KeepPace
-    from firstwords.preflight import Probe, format_short, format_table
+    from firstwords.preflight import Probe, format_short
 
     opened = open_run(flags, extra, ranks)
     tokenizer, model, room = opened.tokenizer, opened.model, opened.room
@@ -240,22 +244,13 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
     wish.check_startup()
     wish.defer()
     try:
-        run.train(resume_from_checkpoint=str(resumed) if resumed else None)
-        finish(run, flags, log, wish)
+        with tell_memory(flags, room, forecast, lambda line: log and log.say(line)):
+            run.train(resume_from_checkpoint=str(resumed) if resumed else None)
+            finish(run, flags, log, wish)
     except UnpicklingError:
         raise Damaged(
             f"{resumed}: its state holds other things than numbers, and is not loaded; begin anew with "
             f"--init_model_dir {resumed}"
-        ) from None
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        for line in format_table(forecast) if log is not None else []:
-            log.say(line)
-        changed = [*([] if flags.batch_tokens is None else ["batch_tokens"]), "batch_size", "grad_accum"]
-        raise OutOfMemory(
-            f"{room.setting} with --seq_len {flags.seq_len}: there was no memory left; {room.advise_less()}. "
-            f"What was saved is there, and is gone on from with --allow_change {','.join(changed)}"
         ) from None
     finally:
         if log is not None:
@@ -365,12 +360,41 @@ def read_setting(flags: TrainFlags):
     return None
 
 
+@contextmanager
+def tell_memory(flags: TrainFlags, room, forecast, say: Callable[[str], None]) -> Iterator[None]:
+    """Where memory runs out, say what takes it, and name a setting that takes less.
+
+    Raises:
+        OutOfMemory: instead of what torch or Python raised.
+    """
+    from firstwords import checkpoint
+    from firstwords.preflight import format_table
+
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        for line in format_table(forecast):
+            say(line)
+        saved = ""
+        if checkpoint.list_checkpoints(flags.model_dir):
+            changed = [*([] if flags.batch_tokens is None else ["batch_tokens"]), "batch_size", "grad_accum"]
+            saved = f". What was saved is there, and is gone on from with --allow_change {','.join(changed)}"
+        raise OutOfMemory(
+            f"{room.setting} with --seq_len {flags.seq_len}: there was no memory left; "
+            f"{room.advise_less()}{saved}"
+        ) from None
+
+
 def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether a GPU or the machine had no memory left; torch has a class for the GPU alone."""
+    """Tell whether a GPU or the machine had no memory left; torch has a class for its own allocator alone."""
     from torch import OutOfMemoryError
 
-    kinds = (OutOfMemoryError, MemoryError)
-    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+    # Of a CPU; of CUDA's runtime, NCCL and Apple's GPU; of cuBLAS.
+    signs = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    is_of_kind = isinstance(error, OutOfMemoryError | MemoryError)
+    return is_of_kind or any(sign in str(error) for sign in signs)
 
 
 def check_disk(flags: TrainFlags, model, max_steps: int) -> None:
@@ -399,16 +423,16 @@ def describe_run(flags: TrainFlags, extra: dict, origins: dict[str, str], ranks:
     opened = open_run(flags, extra, ranks)
     meta = build_meta(flags, extra, opened)
     if flags.batch_tokens is not None:
-        origins = origins | dict.fromkeys(("batch_size", "grad_accum", "recompute"), "choice")
+        origins = origins | dict.fromkeys(CHOSEN_BY_TOKENS, "choice")
     if flags.explain:
         for line in explain(flags, extra, origins, gather_facts(flags, opened, meta)):
             print_line(line, sys.stdout)
     if flags.preflight:
         done = max(map(checkpoint.read_step, checkpoint.list_checkpoints(flags.model_dir)), default=0)
         check_disk(flags, opened.model, opened.max_steps)
-        forecast = replace(
-            build_forecast(flags, opened, meta, done), speed=probe_run(flags, extra, opened, meta, ranks)
-        )
+        forecast = build_forecast(flags, opened, meta, done)
+        with tell_memory(flags, opened.room, forecast, lambda line: print_line(line, sys.stdout)):
+            forecast = replace(forecast, speed=probe_run(flags, extra, opened, meta, ranks))
         print_line(f"{flags.model_dir}: nothing was trained; a run would take", sys.stdout)
         for line in preflight.format_table(forecast):
             print_line(line, sys.stdout)

@@ -238,11 +238,14 @@ def run_probe(run) -> Speed:
     probe = Probe(stop)
     run.add_callback(probe)
     run.train()
-    val, batch = run.eval_dataset, run.args.per_device_eval_batch_size
-    part = Subset(val, range(min(len(val), PROBED_BATCHES * batch)))
+    model, places = run.find_whole_model()
+    batch = run.args.per_device_eval_batch_size
+    part = Subset(run.eval_dataset, places[: PROBED_BATCHES * batch])
+    if not len(part):  # the other processes read them
+        return Speed(probe.mean, 0.0)
     begin = time.monotonic()
-    evaluate_loss(run.model, part, run.tokenizer, batch_size=batch, bf16=run.args.bf16)
-    return Speed(probe.mean, (time.monotonic() - begin) * len(val) / len(part))
+    evaluate_loss(model, part, run.tokenizer, batch_size=batch, bf16=run.args.bf16)
+    return Speed(probe.mean, (time.monotonic() - begin) * len(places) / len(part))
 
 
 # --- what cannot be done

@@ -309,7 +309,7 @@ class RunTrainer(transformers.Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Return the loss over the whole val set, weighted by tokens; log it and tell the callbacks."""
-        model, places = self._find_whole_model()
+        model, places = self.find_whole_model()
         shares = []
         if model is not None:
             share = evaluate_loss(
@@ -335,7 +335,7 @@ class RunTrainer(transformers.Trainer):
         self.callback_handler.model = self.model
         return metrics
 
-    def _find_whole_model(self) -> tuple[GPT2LMHeadModel | None, range]:
+    def find_whole_model(self) -> tuple[GPT2LMHeadModel | None, range]:
         """Return a model that this process can ask alone, and which val rows it is to ask.
 
         Under FSDP each process has a part of every matrix. There the first gets a copy of the whole and asks

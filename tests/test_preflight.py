@@ -358,7 +358,33 @@ def test_memory_that_runs_out_in_a_step_leaves_the_last_checkpoint_and_the_table
     assert go(home, tmp_path / "run", save_steps=2, **smaller) == (0, "")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory"), MemoryError()],
+)
+def test_memory_that_runs_out_in_the_probe_is_told_as_in_a_run(home, tmp_path, monkeypatch, capsys, error):
+    def run_out(self, *args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(RunTrainer, "training_step", run_out)
+    code, errors = go(home, tmp_path / "run", preflight=True)
+    assert (code, len(errors.splitlines())) == (71, 1)
+    assert "there was no memory left; --batch_size 1 --grad_accum 2 --recompute " in errors
+    assert "What was saved" not in errors
+    assert "  memory      " in capsys.readouterr().out
+
+
 # --- --batch_tokens
+
+
+def test_tokens_on_the_command_line_beat_the_recipes_micro_batch(home, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("batch_size: 3\ngrad_accum: 5\nrecompute: full\n")
+    flags = {"batch_size": None, "batch_tokens": 128, "recipe": tmp_path / "r.yaml", "explain": True}
+    assert go(home, tmp_path / "run", **flags) == (0, "")
+    assert "--batch_size 2  (chosen for --batch_tokens)" in capsys.readouterr().out
+    (tmp_path / "r.yaml").write_text("batch_size: 3\nbatch_tokens: 128\n")
+    code, errors = go(home, tmp_path / "run", **flags | {"batch_tokens": None})
+    assert (code, "--batch_size: is 3, but --batch_tokens 128 chooses it" in errors) == (2, True)
 
 
 def test_tokens_in_a_step_choose_the_batch_and_a_resumed_run_keeps_it(home, tmp_path, monkeypatch):

@@ -184,6 +184,13 @@ def test_fsdp_computes_what_one_process_computes(nursery, home, alone, tmp_path)
     assert json.loads((run / "config.json").read_text())["architectures"] == ["GPT2LMHeadModel"]
 
 
+def test_fsdp_has_a_preflight(nursery, home, tmp_path):
+    team = start_team(nursery, words(home, tmp_path / "run", preflight=True), 2, fsdp_on_cpu)
+    codes, errors = wait_for(team)
+    assert codes == [0, 0], errors
+    assert "; val loss " in team[0].out.read_text()
+
+
 @pytest.mark.slow
 def test_fsdp_goes_on_where_it_was_stopped_and_nowhere_else(nursery, home, alone, tmp_path):
     run, stop = tmp_path / "run", (signal_in, "forward", TERM)
