@@ -146,7 +146,7 @@ def check_flags(flags: TrainFlags) -> None:
         check_hours(flags)
     if not flags.lr > 0:
         raise BadFlag(f"--lr: is {flags.lr}; give a number above 0")
-    if flags.vram_gb is not None and not flags.vram_gb > 1:
+    if flags.vram_gb is not None and not 1 < flags.vram_gb < 1e6:
         raise BadFlag(f"--vram_gb: is {flags.vram_gb:g}; give the size of the card in GB, more than 1")
     counts = ("eval_steps", "seed", "max_rollbacks")
     for name in (*counts, "warmup_steps", "decay_steps", "weight_decay", "min_lr_ratio"):
@@ -212,7 +212,7 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
     from firstwords.preflight import Probe, format_short
 
     opened = open_run(flags, extra, ranks)
-    tokenizer, model, room = opened.tokenizer, opened.model, opened.room
+    tokenizer, room = opened.tokenizer, opened.room
     max_steps, meta = opened.max_steps, build_meta(flags, extra, opened)
     pace = build_pace(flags, max_steps)
     resumed = share_resumed(flags, meta.fixed, pace, ranks)
@@ -221,7 +221,7 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
             close_run(flags, resumed)
         return
     if ranks.is_first:
-        check_disk(flags, model, max_steps)
+        check_disk(flags, opened)
     run = build_run(
         *(flags, extra, opened, meta, ranks),
         skipped=skipped or read_skipped(resumed),
@@ -397,22 +397,24 @@ def is_out_of_memory(error: Exception) -> bool:
     return is_of_kind or any(sign in str(error) for sign in signs)
 
 
-def check_disk(flags: TrainFlags, model, max_steps: int) -> None:
+def check_disk(flags: TrainFlags, opened: Opened) -> None:
     """Refuse a run whose checkpoints will not fit on the disk, now and not at the first save."""
     from firstwords import preflight
 
-    preflight.check_disk(flags.model_dir, **count_saves(flags, model, max_steps))
+    preflight.check_disk(flags.model_dir, **count_saves(flags, opened))
 
 
-def count_saves(flags: TrainFlags, model, max_steps: int) -> dict[str, int]:
+def count_saves(flags: TrainFlags, opened: Opened) -> dict[str, int]:
     """Return how many checkpoints lie on the disk at the same time, and their bytes."""
     from firstwords.memory import count_state_bytes
 
-    num_saves = -(-max_steps // flags.save_steps)
+    model_bytes, num_saves = 4 * opened.model.num_parameters(), -(-opened.max_steps // flags.save_steps)
+    state_bytes = count_state_bytes(opened.model.config, flags.optim)
     return {
         "num_checkpoints": min(flags.save_total_limit + 1, num_saves),
-        "model_bytes": 4 * model.num_parameters(),
-        "state_bytes": count_state_bytes(model.config, flags.optim),
+        "model_bytes": model_bytes,
+        # Trainer goes on with FSDP from weights of its own beside the model.
+        "state_bytes": state_bytes + model_bytes * opened.room.is_sharded,
     }
 
 
@@ -429,7 +431,7 @@ def describe_run(flags: TrainFlags, extra: dict, origins: dict[str, str], ranks:
             print_line(line, sys.stdout)
     if flags.preflight:
         done = max(map(checkpoint.read_step, checkpoint.list_checkpoints(flags.model_dir)), default=0)
-        check_disk(flags, opened.model, opened.max_steps)
+        check_disk(flags, opened)
         forecast = build_forecast(flags, opened, meta, done)
         with tell_memory(flags, opened.room, forecast, lambda line: print_line(line, sys.stdout)):
             forecast = replace(forecast, speed=probe_run(flags, extra, opened, meta, ranks))
@@ -454,7 +456,7 @@ def build_forecast(flags: TrainFlags, opened: Opened, meta, steps_done: int):
     """Return what the run will take, but for the speed."""
     from firstwords import preflight
 
-    train_set, saves = opened.train_set, count_saves(flags, opened.model, opened.max_steps)
+    train_set, saves = opened.train_set, count_saves(flags, opened)
     return preflight.Forecast(
         parameters=opened.model.num_parameters(),
         memory=opened.room.predict(opened.room.setting),

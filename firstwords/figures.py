@@ -11,11 +11,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from firstwords.dataset import MANY_EPOCHS
 from firstwords.history import Curve, Run
 from firstwords.pages import format_count, format_duration
-
-# More passes than this teach little more of repeated text (Muennighoff et al. 2023, section 6).
-MANY_EPOCHS = 4
 
 
 @dataclass(frozen=True)
@@ -100,10 +98,10 @@ def find_stop_rate(run: Run) -> tuple[float | None, str]:
 def list_warnings(run: Run, parent: Run | None = None) -> list[str]:
     """Say in plain words what a person should look at before trusting the run."""
     warnings = []
-    epochs = run.last("train/epoch")
-    if epochs and epochs > MANY_EPOCHS:
+    epochs, many = run.last("train/epoch"), MANY_EPOCHS["conversations" if run.is_chat else "text"]
+    if epochs and epochs > many:
         warnings.append(
-            f"The data were read {epochs:.1f} times. Beyond {MANY_EPOCHS} passes repeated text teaches "
+            f"The data were read {epochs:.1f} times. Beyond {many} passes repeated text teaches "
             "little (Muennighoff et al. 2023), and a small set is learned by heart: take more data, or "
             "fewer steps."
         )

@@ -105,7 +105,8 @@ class Room:
         """Write the setting for `--batch_tokens` into the flags.
 
         Args:
-            before: that of the run that is gone on with: it stays, so that the run ends in the same bytes.
+            before: that of the run that is gone on with: where it fits it stays, so that the run ends in the
+                same bytes.
 
         Raises:
             BadFlag: when the rows cannot be shared among the processes.
@@ -117,12 +118,16 @@ class Room:
                 f"--batch_tokens {tokens}: its {rows} rows cannot be shared among {self.world_size} "
                 f"processes; give {-(-rows // self.world_size) * self.world_size * self.flags.seq_len}"
             )
-        if before and before.grad_accum % self.world_size:  # begun by another number of processes
+        if before and not self._can_take(before):  # begun with more memory, or by other processes
             before = None
         setting = before or self._find_setting(rows, self.limit.num_bytes)
         if setting is None:
             raise OutOfMemory(f"--batch_tokens {tokens}: {self._advise_shorter(rows, self.limit.num_bytes)}")
         self.setting = setting
+
+    def _can_take(self, setting: Setting) -> bool:
+        is_shared = setting.grad_accum % self.world_size == 0
+        return is_shared and self.predict(setting).total <= self.limit.num_bytes
 
     def check(self) -> None:
         """Refuse a run that would not fit.

@@ -19,6 +19,7 @@ from torch.utils.data import Subset
 from transformers import TrainerCallback
 
 from firstwords import checkpoint
+from firstwords.dataset import MANY_EPOCHS
 from firstwords.errors import IOFailed
 from firstwords.fit import Limit, Setting, describe_memory, format_gb
 from firstwords.loss import evaluate_loss
@@ -30,9 +31,6 @@ MARGIN, SMALL_FILES = 1.02, 16 << 20
 # Steps of a probe, and those before them that warm up: buffers, kernels, the processor's clock.
 PROBED, WARM_UP = 10, 2
 PROBED_BATCHES = 4
-# Passes over the data beyond which a run is warned of. Text read up to 4 times teaches nearly as much as new
-# text (Muennighoff et al. 2023); Alpaca's authors took 3 passes, 5 for their larger model.
-MANY_EPOCHS = {"text": 4, "conversations": 5}
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from firstwords.checkpoint import list_checkpoints, read_manifest, verify
 from firstwords.errors import OutOfMemory
 from firstwords.fit import Limit, Room, Setting, choose_setting, find_limit
 from firstwords.memory import Memory
+from firstwords.model import GPT2LMHeadModel
 from firstwords.preflight import Forecast, Probe, Speed, format_table, warn_epochs
 from firstwords.trainer import RunTrainer, StopOnSignal
 
@@ -155,6 +156,18 @@ def test_the_table_by_hand(forecast):
     ]
 
 
+def test_fsdp_keeps_its_own_weights_on_the_disk_too(home, tmp_path):
+    flags = TrainFlags(save_steps=5)
+    model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=64))
+    alone, cut = (
+        train.count_saves(
+            flags, SimpleNamespace(model=model, max_steps=9, room=SimpleNamespace(is_sharded=sharded))
+        )
+        for sharded in (False, True)
+    )
+    assert cut["state_bytes"] - alone["state_bytes"] == alone["model_bytes"] == cut["model_bytes"]
+
+
 @pytest.mark.parametrize(
     ("kind", "steps", "text"),
     [
@@ -249,6 +262,15 @@ def test_what_does_not_fit_is_refused_with_a_setting_that_does(monkeypatch):
         assert term in text
     take_advice(room, text)
     assert room.flags.batch_size * room.flags.grad_accum == 64
+    room.check()
+
+
+def test_a_setting_of_before_that_no_longer_fits_is_chosen_anew(monkeypatch):
+    room = build_room(monkeypatch, 16.1e9, batch_tokens=65_536, seq_len=1024)
+    room.choose(Setting(2, 32, "none"))
+    assert room.setting == Setting(2, 32, "none")
+    room.choose(Setting(64, 1, "none"))
+    assert room.setting.batch_size < 64
     room.check()
 
 
@@ -424,6 +446,7 @@ def stop_at_3(run: Path):
             71,
             "not one row does: 0.00",
         ),
+        ({"vram_gb": "inf"}, 2, "--vram_gb: is inf; give the size of the card in GB"),
         ({"vram_gb": 1}, 2, "--vram_gb: is 1; give the size of the card in GB"),
     ],
 )

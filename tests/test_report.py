@@ -157,7 +157,7 @@ def change_events(run, tags):
 @pytest.mark.parametrize(
     ("tags", "says"),
     [
-        ({"train/epoch": (1.0, 9.5)}, "read 9.5 times"),
+        ({"train/epoch": (1.0, 9.5)}, "read 9.5 times. Beyond 5 passes"),
         ({"eval/loss": (3.0, 2.0, 2.5)}, "risen from 2.000 at step 2 to 2.500"),
         (
             {"eval/loss": (3.0,), "train/loss": (1.0,)},
