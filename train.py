@@ -352,8 +352,8 @@ def read_setting(flags: TrainFlags):
     """Return what an earlier life of the run chose for the same tokens in a step, None without one."""
     from firstwords import checkpoint, fit
 
-    for folder in checkpoint.list_checkpoints(flags.model_dir)[:1]:
-        theirs = checkpoint.read_manifest(folder)["flags"]
+    for manifest in checkpoint.read_manifests(flags.model_dir)[:1]:
+        theirs = manifest["flags"]
         wished = {"batch_tokens": str(flags.batch_tokens), "seq_len": str(flags.seq_len)}
         if wished.items() <= theirs.items():
             return fit.Setting(int(theirs["batch_size"]), int(theirs["grad_accum"]), theirs["recompute"])
@@ -430,7 +430,7 @@ def describe_run(flags: TrainFlags, extra: dict, origins: dict[str, str], ranks:
         for line in explain(flags, extra, origins, gather_facts(flags, opened, meta)):
             print_line(line, sys.stdout)
     if flags.preflight:
-        done = max(map(checkpoint.read_step, checkpoint.list_checkpoints(flags.model_dir)), default=0)
+        done = max((each["step"] for each in checkpoint.read_manifests(flags.model_dir)), default=0)
         check_disk(flags, opened)
         forecast = build_forecast(flags, opened, meta, done)
         with tell_memory(flags, opened.room, forecast, lambda line: print_line(line, sys.stdout)):

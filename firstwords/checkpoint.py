@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -150,6 +151,15 @@ def is_whole(folder: Path) -> bool:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the `checkpoint-<step>` folders that have a manifest, the newest step first."""
     return [path for path in _list_named(run_dir) if _is_ours(path)]
+
+
+def read_manifests(run_dir: Path) -> list[dict]:
+    """Return the manifests of the run's checkpoints, the newest first; what is broken is passed over."""
+    manifests = []
+    for folder in list_checkpoints(run_dir):
+        with suppress(Damaged):
+            manifests.append(read_manifest(folder))
+    return manifests
 
 
 def _list_named(run_dir: Path) -> list[Path]:

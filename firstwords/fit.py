@@ -158,11 +158,12 @@ class Room:
         while seq_len > 1:
             setting = self._find_setting(rows, limit, seq_len)
             if setting is not None:
-                too_long = f"no micro-batch of --seq_len {self.flags.seq_len} does"
-                return f"{too_long}; {setting} --seq_len {seq_len} would fit"
+                named = setting if self.flags.batch_tokens is None else f"--batch_tokens {rows * seq_len}"
+                too_long = f"no micro-batch of --seq_len {self.flags.seq_len} fits"
+                return f"{too_long}; {named} --seq_len {seq_len} would fit"
             seq_len //= 2
         least = describe_memory(self.predict(Setting(1, rows, "full")))
-        return f"not one row does: {least}; take a smaller --cfg"
+        return f"not one row fits, it needs {least}; take a smaller --cfg"
 
     def _find_setting(self, rows: int, limit: int, seq_len: int | None = None) -> Setting | None:
         return choose_setting(

@@ -278,14 +278,25 @@ def test_where_no_micro_batch_fits_a_shorter_row_is_named(monkeypatch):
     predict = build_room(monkeypatch, 0).predict
     least = min(predict(Setting(size, 2 // size, "full"), 1024).total for size in (1, 2))
     room = build_room(monkeypatch, least - 1, batch_size=2, seq_len=1024)
-    with pytest.raises(OutOfMemory, match=r"of --seq_len 1024 does; .* would fit$") as caught:
+    with pytest.raises(OutOfMemory, match=r"of --seq_len 1024 fits; .* would fit$") as caught:
         room.check()
     assert take_advice(room, str(caught.value))["seq_len"] == "512"
     room.check()
 
 
+def test_where_tokens_choose_a_shorter_row_is_named_with_tokens(monkeypatch):
+    predict = build_room(monkeypatch, 0).predict
+    least = min(predict(Setting(size, 2 // size, "full"), 1024).total for size in (1, 2))
+    room = build_room(monkeypatch, least - 1, batch_tokens=2048, seq_len=1024)
+    with pytest.raises(OutOfMemory, match=r"; --batch_tokens 1024 --seq_len 512 would fit$") as caught:
+        room.choose(None)
+    take_advice(room, str(caught.value))
+    room.choose(None)
+    room.check()
+
+
 def test_where_no_row_fits_a_smaller_model_is_asked_for(monkeypatch):
-    with pytest.raises(OutOfMemory, match="not one row does: .*; take a smaller --cfg$"):
+    with pytest.raises(OutOfMemory, match="not one row fits, it needs .*; take a smaller --cfg$"):
         build_room(monkeypatch, 1e9).check()
 
 
@@ -422,6 +433,16 @@ def test_tokens_in_a_step_choose_the_batch_and_a_resumed_run_keeps_it(home, tmp_
     assert go(home, run, **flags | {"batch_tokens": 512})[0] == 78
 
 
+def test_a_checkpoint_that_cannot_be_read_is_passed_over(home, tmp_path):
+    run, flags = tmp_path / "run", {"batch_size": None, "batch_tokens": 128, "save_steps": 3}
+    assert go(home, run, **flags) == (0, "")
+    (run / "COMPLETE").unlink()
+    (run / "checkpoint-6" / "manifest.json").write_text("{")
+    assert go(home, run, **flags, preflight=True) == (0, "")
+    code, errors = go(home, run, **flags)
+    assert (code, "passed over: " in errors) == (0, True)
+
+
 def stop_at_3(run: Path):
     def on_step_begin(self, args, state, control, **kwargs):
         if state.global_step == 2:
@@ -444,7 +465,7 @@ def stop_at_3(run: Path):
         (
             {"batch_size": None, "batch_tokens": 128, "vram_gb": 1.00001},
             71,
-            "not one row does: 0.00",
+            "not one row fits, it needs 0.00",
         ),
         ({"vram_gb": "inf"}, 2, "--vram_gb: is inf; give the size of the card in GB"),
         ({"vram_gb": 1}, 2, "--vram_gb: is 1; give the size of the card in GB"),
