@@ -18,6 +18,8 @@ from firstwords.errors import BadFlag
 REFUSED = {
     "fp16": "its scaled gradients overflow now and then, which ends a run here; use --bf16, or neither",
     "use_liger_kernel": "Liger has no kernels for GPT-2, nothing would change; leave it out",
+    "label_smoothing_factor": "Trainer takes that loss itself, without the bounds between packed "
+    "conversations; leave it out",
     "save_only_model": "such a run could not be gone on with; leave it out",
 }
 

@@ -31,6 +31,7 @@ def refuse(home, tmp_path, **flags):
     [
         ({"fp16": True}, "--fp16: its scaled gradients overflow"),
         ({"fp8": True}, "--fp8: nothing is computed in fp8 here"),
+        ({"label_smoothing_factor": 0.1}, "--label_smoothing_factor: Trainer takes that loss itself"),
         ({"use_liger_kernel": True}, "--use_liger_kernel: Liger has no kernels for GPT-2"),
         ({"optim": "lomo"}, "--optim lomo: You need to install `lomo"),
         ({"optim": "adamw_torch_8bit"}, "torchao"),
