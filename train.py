@@ -12,6 +12,7 @@ A NaN stops the run before it spoils anything (exit 70); --on_nan rollback goes 
 
 import gc
 import json
+import math
 import os
 import platform
 import shutil
@@ -144,14 +145,16 @@ def check_flags(flags: TrainFlags) -> None:
             raise BadFlag(f"--{name}: is {getattr(flags, name)}; give {least} or more")
     if flags.hours is not None:
         check_hours(flags)
-    if not flags.lr > 0:
+    if not 0 < flags.lr < math.inf:
         raise BadFlag(f"--lr: is {flags.lr}; give a number above 0")
+    if flags.epochs is not None and not 0 < flags.epochs < math.inf:
+        raise BadFlag(f"--epochs: is {flags.epochs}; give a number above 0")
     if flags.vram_gb is not None and not 1 < flags.vram_gb < 1e6:
         raise BadFlag(f"--vram_gb: is {flags.vram_gb:g}; give the size of the card in GB, more than 1")
     counts = ("eval_steps", "seed", "max_rollbacks")
     for name in (*counts, "warmup_steps", "decay_steps", "weight_decay", "min_lr_ratio"):
         value = getattr(flags, name)
-        if value is not None and not value >= 0:
+        if value is not None and not 0 <= value < math.inf:
             raise BadFlag(f"--{name}: is {value}; give 0 or more")
 
 

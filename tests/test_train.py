@@ -106,6 +106,8 @@ REFUSED = [
     *(({"lr": lr}, 2, f"--lr: is {lr}; give a number above 0") for lr in ("0.0", "-1.0", "nan")),
     *(({name: "-1"}, 2, f"--{name}: is -1") for name in ("eval_steps", "warmup_steps", "decay_steps")),
     *(({name: "-1"}, 2, f"--{name}: is -1") for name in ("weight_decay", "min_lr_ratio", "seed")),
+    *(({name: "inf"}, 2, f"--{name}: is inf") for name in ("warmup_steps", "decay_steps", "lr")),
+    *(({"max_steps": None, "epochs": value}, 2, f"--epochs: is {value}") for value in ("nan", "inf", "0.0")),
     ({"lr": "fast"}, 2, "--lr"),
     ({"max_stesp": 4}, 2, "did you mean '--max_steps'"),
     ({"learning_rate": 4}, 2, "use --lr"),
