@@ -225,17 +225,14 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
         return
     if ranks.is_first:
         check_disk(flags, opened)
-    run = build_run(
-        *(flags, extra, opened, meta, ranks),
-        skipped=skipped or read_skipped(resumed),
-        pace=pace,
-        wish=wish,
-    )
+    forecast = build_forecast(flags, opened, meta, checkpoint.read_step(resumed))
+    options = {"skipped": skipped or read_skipped(resumed), "pace": pace, "wish": wish}
+    with tell_memory(flags, room, forecast, lambda line: print_line(line, sys.stdout)):
+        run = build_run(flags, extra, opened, meta, ranks, **options)
     log = None
     run.add_callback(KeepPace(pace, flags.model_dir, lambda line: log and log.say(line)))
     run.add_callback(trainer.PendingLoss(run))
     run.add_callback(trainer.LastStep())
-    forecast = build_forecast(flags, opened, meta, checkpoint.read_step(resumed))
     if ranks.is_first:
         log = add_callbacks(run, flags, tokenizer, first_step=checkpoint.read_step(resumed))
         announce(log, flags, run, resumed)

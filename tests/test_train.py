@@ -199,6 +199,17 @@ def test_too_little_memory_is_71_with_advice(home, tmp_path, monkeypatch):
     assert " takes the same steps with " in errors
 
 
+def test_a_gpu_that_is_too_small_for_the_model_alone(home, tmp_path, monkeypatch):
+    def build(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr(train, "build_run", build)
+    code, errors = go(home, tmp_path / "run")
+    assert code == 71
+    assert "there was no memory left" in errors
+    assert not (tmp_path / "run").exists()
+
+
 # --- a run from its beginning to its end
 
 
