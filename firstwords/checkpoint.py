@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, GPT2Config, PreTrainedTokenizerBase
 from firstwords import atomic
 from firstwords.errors import Damaged, IOFailed, Mismatch, MissingInput, suggest
 from firstwords.hub import download_files
-from firstwords.model import CONFIG_KEYS, GPT2LMHeadModel
+from firstwords.model import CONFIG_KEYS, GPT2LMHeadModel, find_inner
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import TOKENIZER_FILES, Tokenizer
 
@@ -448,7 +448,7 @@ def _check_sizes(folder: Path, config: GPT2Config, weights: dict[str, torch.Tens
     asked = {
         "wte.weight": (config.vocab_size, config.n_embd),
         "wpe.weight": (config.n_positions, config.n_embd),
-        "h.0.mlp.c_fc.bias": (config.n_inner or 4 * config.n_embd,),
+        "h.0.mlp.c_fc.bias": (find_inner(config),),
     }
     wrong = [
         f"{name} is {shapes.get(name)}, not {shape}"

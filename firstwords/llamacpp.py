@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from firstwords.errors import BadFlag, Mismatch
+from firstwords.model import find_inner
 from firstwords.template import OLLAMA_TEMPLATE, PLAIN_CHAT_TEMPLATE
 from firstwords.tokenizer import CHARACTERS, CONTROL_TOKENS, Tokenizer
 
@@ -89,7 +90,7 @@ def write_gguf(path: Path, model: GPT2LMHeadModel, tokenizer: Tokenizer, dtype: 
 def _add_shape(writer: gguf.GGUFWriter, config: GPT2Config) -> None:
     writer.add_context_length(config.n_positions)
     writer.add_embedding_length(config.n_embd)
-    writer.add_feed_forward_length(config.n_inner or 4 * config.n_embd)
+    writer.add_feed_forward_length(find_inner(config))
     writer.add_block_count(config.n_layer)
     writer.add_head_count(config.n_head)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)

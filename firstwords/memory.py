@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config
 
-from firstwords.model import GPT2LMHeadModel, attention
+from firstwords.model import GPT2LMHeadModel, attention, find_inner
 from firstwords.model.cross_entropy import count_rows
 from firstwords.recompute import set_recompute
 
@@ -69,7 +69,7 @@ class Memory:
 
 def count_weights(config: GPT2Config) -> Weights:
     """Return how many numbers a GPT-2 holds; the head is the token embedding."""
-    d, m = config.n_embd, _inner(config)
+    d, m = config.n_embd, find_inner(config)
     return Weights(
         hidden=config.n_layer * (4 * d * d + 2 * d * m),
         embeddings=(config.vocab_size + config.n_positions) * d,
@@ -171,7 +171,7 @@ def count_activation_bytes(config: GPT2Config, *, bf16: bool, recompute: str = "
     activation function (e m each) and, in float32, a number a head and the norms' statistics. The composed
     `gelu_new` keeps another 12 m, each dropout a mask.
     """
-    d, m, e = config.n_embd, _inner(config), 2 if bf16 else 4
+    d, m, e = config.n_embd, find_inner(config), 2 if bf16 else 4
     block = {
         "none": 8 * d + 6 * e * d + 2 * e * m + 4 * config.n_head + 16,
         "selective": 4 * d + 5 * e * d + e * m + 4 * config.n_head,
@@ -206,16 +206,12 @@ def _count_block_bytes(config: GPT2Config, *, bf16: bool, recompute: str) -> int
     That is where the gradient comes to the activation function; by then a level has computed again what it
     did not keep.
     """
-    d, m, e = config.n_embd, _inner(config), 2 if bf16 else 4
+    d, m, e = config.n_embd, find_inner(config), 2 if bf16 else 4
     again = {"none": 0, "selective": 4 * d + e * d + e * m, "full": 4 * d + 6 * e * d + 2 * e * m}[recompute]
     gelu = 0
     if config.activation_function == "gelu_new":
         gelu = (9 if bf16 else 7) * m + 12 * m * (recompute != "none")
     return again + gelu + e * m + 2 * d * bf16
-
-
-def _inner(config: GPT2Config) -> int:
-    return config.n_inner or 4 * config.n_embd
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from firstwords import atomic
 from firstwords.errors import BadFlag, IOFailed
 from firstwords.health import Check, measure_health
 from firstwords.loss import autocast, evaluate_loss
+from firstwords.model import find_inner
 from firstwords.samples import Speak, append_section, cut_sections, draw_samples, format_section
 from firstwords.schema import mask_control
 from firstwords.tasks import Item, score_endings, score_items
@@ -201,7 +202,7 @@ def count_flops(run) -> float:
     config, data, tokens = run.model.config, run.train_dataset, run.meta.tokens_per_step
     learned = getattr(data, "learned", None)
     labels = tokens * (1.0 if learned is None else float(learned.mean()))
-    inner = config.n_inner or 4 * config.n_embd
+    inner = find_inner(config)
     block = 4 * config.n_embd**2 + 2 * config.n_embd * inner
     per_token = config.n_layer * (6 * block + 12 * data.seq_len * config.n_embd)
     return tokens * per_token + labels * 6 * config.n_embd * config.vocab_size

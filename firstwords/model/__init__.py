@@ -143,6 +143,11 @@ def read_config(path: Path) -> dict:
 _DEFAULT_SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "n_positions": 1024}
 
 
+def find_inner(config: GPT2Config) -> int:
+    """Return the inner width of a block: what the configuration says, else GPT-2's four times the width."""
+    return config.n_inner or 4 * config.n_embd
+
+
 def build_model(path: Path, tokenizer: Tokenizer, *, seed: int) -> GPT2LMHeadModel:
     """Build a model with random weights, the same for the same seed.
 
