@@ -7,7 +7,6 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     0  hashes       contents -> 8-byte hashes, sorted on disk: copies, the split
     0  near         texts -> how many are nearly one of others
     0  tokenstore   CONTRACT: the token store of stage A
-    0  explain      the flags of a run -> each in plain words
     0  signals      a signal or the file STOP -> a wish to stop
     0  hub          a model's name on the Hub -> its files in the cache
     0  parts        units of work -> parts on disk, in processes, gone on with after a kill
@@ -41,7 +40,6 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     5  loss         model and rows of tokens -> the loss by tokens
     5  history      a run folder -> all that its files tell
     5  baselines    prepared data -> what counting alone would score
-    6  preflight    a run that is to begin -> what it will take, refused now if that is not there
     6  score        questions with known answers -> marks
     6  server       a model -> an API that speaks OpenAI's words, and a page to chat on
     6  repl         lines of a chat: questions and commands
@@ -54,4 +52,9 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     7  report       a run folder -> report.html, report.md
     7  compare      two run folders -> what differs, and what came of it
     7  monitor      a run in progress -> rates, samples, health, tests
+    8  opening      flags -> tokenizer, model and data of a run, open and checked
+    9  preflight    a run that is to begin -> what it will take, refused now if that is not there
+    9  explain      the flags of a run -> each in plain words
+    9  resume       a used run folder -> the checkpoint to go on from, or why this is another run
+    9  callbacks    the flags of a run -> all that watches over it
 """

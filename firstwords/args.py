@@ -7,6 +7,7 @@ a suggestion. Imports no other room but `errors`, and torch only when a field of
 """
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -15,6 +16,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from firstwords.errors import BadFlag, FirstwordsError, IOFailed, MissingInput, suggest
+
+# What `--batch_tokens` chooses by the memory that is there; the steps stay the same.
+CHOSEN_BY_TOKENS = ("batch_size", "grad_accum", "recompute")
 
 # What `TrainingArguments` calls a thing for which the command line has a word of its own.
 OUR_WORDS = {
@@ -272,6 +276,85 @@ def find_origins(argv: list[str]) -> dict[str, str]:
     recipe = getattr(said, "recipe", None)
     read, _ = parser.parse_known_args(_recipe_words(recipe, parser) if recipe else [])
     return dict.fromkeys(vars(read), "recipe") | dict.fromkeys(vars(said), "flag")
+
+
+def check_flags(flags: TrainFlags) -> None:
+    """Refuse what needs no look at any file.
+
+    Raises:
+        BadFlag: for a flag that is missing, out of range, or contradicts another.
+    """
+    for name in ("data_dir", "model_dir"):
+        if getattr(flags, name) is None:
+            raise BadFlag(f"--{name}: is missing; see --help")
+    if (flags.cfg is None) == (flags.init_model_dir is None):
+        raise BadFlag("--cfg: give either --cfg (random weights) or --init_model_dir (weights to start from)")
+    for name in (
+        "seq_len",
+        "batch_size",
+        "grad_accum",
+        "log_steps",
+        "save_steps",
+        "save_total_limit",
+    ):
+        least = 2 if name == "seq_len" else 1
+        if getattr(flags, name) < least:
+            raise BadFlag(f"--{name}: is {getattr(flags, name)}; give {least} or more")
+    if flags.hours is not None:
+        check_hours(flags)
+    if not 0 < flags.lr < math.inf:
+        raise BadFlag(f"--lr: is {flags.lr}; give a number above 0")
+    if flags.epochs is not None and not 0 < flags.epochs < math.inf:
+        raise BadFlag(f"--epochs: is {flags.epochs}; give a number above 0")
+    if flags.vram_gb is not None and not 1 < flags.vram_gb < 1e6:
+        raise BadFlag(f"--vram_gb: is {flags.vram_gb:g}; give the size of the card in GB, more than 1")
+    counts = ("eval_steps", "seed", "max_rollbacks")
+    for name in (*counts, "warmup_steps", "decay_steps", "weight_decay", "min_lr_ratio"):
+        value = getattr(flags, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise BadFlag(f"--{name}: is {value}; give 0 or more")
+
+
+def check_hours(flags: TrainFlags) -> None:
+    """Refuse what cannot be told by the clock.
+
+    Raises:
+        BadFlag: for hours that are none, or a part of the schedule that is counted in steps.
+    """
+    if not 0 < flags.hours < 1e6:
+        raise BadFlag(f"--hours: is {flags.hours}; give hours of training, more than 0")
+    counted = ("warmup_steps", "decay_steps") if "decay" in flags.lr_scheduler_type else ("warmup_steps",)
+    for name in counted:
+        if getattr(flags, name) >= 1:
+            raise BadFlag(
+                f"--{name}: is {getattr(flags, name):g} steps, but --hours does not know how many there will "
+                "be; give a share below 1"
+            )
+
+
+def check_given(flags: TrainFlags, origins: dict[str, str]) -> None:
+    """Refuse what contradicts another flag only when it was said.
+
+    Raises:
+        BadFlag: for a micro-batch beside `--batch_tokens`, which chooses it; that of a recipe gives way to
+            `--batch_tokens` on the command line.
+    """
+    if flags.batch_tokens is None:
+        return
+    is_flag = origins["batch_tokens"] == "flag"
+    for name in CHOSEN_BY_TOKENS:
+        is_said = name in origins or name == "recompute" and flags.recompute != "none"
+        if is_said and not (is_flag and origins.get(name) == "recipe"):
+            raise BadFlag(
+                f"--{name}: is {getattr(flags, name)}, but --batch_tokens {flags.batch_tokens} chooses it; "
+                "leave one of them out"
+            )
+    if flags.batch_tokens < flags.seq_len or flags.batch_tokens % flags.seq_len:
+        rows = max(1, round(flags.batch_tokens / flags.seq_len))
+        raise BadFlag(
+            f"--batch_tokens {flags.batch_tokens}: is no whole number of rows of --seq_len {flags.seq_len}; "
+            f"give {rows * flags.seq_len}"
+        )
 
 
 def _recipe_words(path: Path, parser: Parser) -> list[str]:

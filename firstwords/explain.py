@@ -10,7 +10,9 @@ the run at hand, and each flag has some.
 from dataclasses import fields
 from textwrap import wrap
 
-from firstwords.args import TrainFlags
+from firstwords.args import CHOSEN_BY_TOKENS, TrainFlags
+from firstwords.opening import Opened
+from firstwords.trainer import RunMeta, rows_per_step
 
 WORDS = {
     "data_dir": "Its rows are read in an order that the seed alone decides.",
@@ -77,22 +79,51 @@ ORIGINS = {
 }
 
 
-def explain(flags: TrainFlags, extra: dict, origins: dict[str, str], facts: dict) -> list[str]:
+def explain(
+    flags: TrainFlags, extra: dict, origins: dict[str, str], opened: Opened, meta: RunMeta
+) -> list[str]:
     """Return the page, as lines.
 
     Args:
         flags: of the run.
         extra: fields of `TrainingArguments` beside them.
-        origins: name of a flag -> `flag`, `recipe` or `choice`; the others are defaults.
-        facts: what the sentences name beside the flags, see `WORDS`.
+        origins: name of a flag -> `flag` or `recipe`; the others are defaults, or chosen here.
+        opened: what the run is made of.
+        meta: of the run.
     """
+    if flags.batch_tokens is not None:
+        origins = origins | dict.fromkeys(CHOSEN_BY_TOKENS, "choice")
+    facts = vars(flags) | gather_facts(flags, opened, meta)
     lines = []
     for spec in fields(TrainFlags):
         meaning = spec.metadata["help"]
-        words = WORDS[spec.name].format(**vars(flags) | facts)
+        words = WORDS[spec.name].format(**facts)
         origin = ORIGINS[origins.get(spec.name, "default")]
         lines.append(f"--{spec.name} {getattr(flags, spec.name)}  ({origin})  {meaning}")
         lines += [f"    {line}" for line in wrap(words, 96)]
     for name, value in sorted(extra.items()):
         lines.append(f"--{name} {value}  (given)  a field of transformers.TrainingArguments, explained there")
     return lines
+
+
+def gather_facts(flags: TrainFlags, opened: Opened, meta: RunMeta) -> dict:
+    """Return what the sentences name beside the flags, see `WORDS`."""
+    steps, hours, data = opened.max_steps, flags.hours, opened.train_set
+    epochs = steps * meta.tokens_per_step / (data.rows_per_epoch * data.tokens_per_row)
+    return {
+        "rows": rows_per_step(flags),
+        "tokens": meta.tokens_per_step,
+        "steps": f"steps for {hours:g} hours" if hours else f"{steps:,} steps",
+        "epochs": "as often as the hours allow" if hours else f"{epochs:.3g} times",
+        "parameters": opened.model.num_parameters(),
+        "warmup": say_share(flags.warmup_steps, flags),
+        "decay": say_share(flags.decay_steps, flags),
+        "precision": "in bfloat16" if flags.bf16 else "in float32",
+        "loss_on": "what the assistant says" if flags.assistant_only_loss else "every token",
+    }
+
+
+def say_share(steps: float, flags: TrainFlags) -> str:
+    """Return a part of the schedule in words."""
+    whole = "the hours" if flags.hours else "all steps"
+    return f"{steps:g} steps" if steps >= 1 else f"{steps:.3g} of {whole}"

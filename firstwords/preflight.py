@@ -1,30 +1,39 @@
 """A run that is to begin -> what it will take, and a refusal now of what it could not do in the end.
 
-    forecast = Forecast(parameters=2_757_120, memory=..., ...)
+    forecast = build_forecast(flags, opened, meta, steps_done=0)
     format_table(forecast)          -> lines: parameters, memory, steps, time, disk, epochs
     check_disk(Path("runs/chat"), num_checkpoints=3, model_bytes=498_000_000, state_bytes=995_000_000)
 
 Invariant: nothing is written and no weight of the run is touched. What is needed is counted from shapes; only
-`run_probe` trains, on a trainer that is thrown away.
+`probe_run` trains, on a trainer that is thrown away.
 """
 
 import resource
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from torch import OutOfMemoryError
 from torch.utils.data import Subset
 from transformers import TrainerCallback
 
-from firstwords import checkpoint
+from firstwords import checkpoint, tokenstore
+from firstwords.args import TrainFlags
 from firstwords.dataset import MANY_EPOCHS
-from firstwords.errors import IOFailed
-from firstwords.fit import Limit, Setting, describe_memory, format_gb
+from firstwords.errors import IOFailed, OutOfMemory
+from firstwords.fit import Limit, Room, Setting, describe_memory, format_gb
 from firstwords.loss import evaluate_loss
-from firstwords.memory import Memory
+from firstwords.memory import Memory, count_state_bytes
+from firstwords.model import explain_device
+from firstwords.opening import Opened, build_run
 from firstwords.pace import format_seconds
+from firstwords.ranks import Ranks
+from firstwords.signals import StopWish
+from firstwords.trainer import RunMeta, RunTrainer
 
 # Beside the weights and the optimizer's state: tokenizer, logs, and what the file system takes for itself.
 MARGIN, SMALL_FILES = 1.02, 16 << 20
@@ -106,6 +115,71 @@ class Forecast:
         return (self.steps_done + self.steps_left) * self.tokens_per_step / self.tokens_per_epoch
 
 
+def build_forecast(flags: TrainFlags, opened: Opened, meta: RunMeta, steps_done: int) -> Forecast:
+    """Return what the run will take, but for the speed."""
+    train_set, saves = opened.train_set, count_saves(flags, opened)
+    return Forecast(
+        parameters=opened.model.num_parameters(),
+        memory=opened.room.predict(opened.room.setting),
+        limit=opened.room.limit,
+        setting=opened.room.setting,
+        steps=None if flags.hours else opened.max_steps,
+        steps_done=steps_done,
+        hours=flags.hours,
+        tokens_per_step=meta.tokens_per_step,
+        tokens_per_epoch=train_set.rows_per_epoch * train_set.tokens_per_row,
+        kind="text" if tokenstore.is_store(flags.data_dir) else "conversations",
+        eval_steps=flags.save_steps if flags.eval_steps is None else flags.eval_steps,
+        checkpoint_bytes=saves["model_bytes"] + saves["state_bytes"],
+        disk_bytes=count_disk_bytes(**saves),
+        disk_free=find_free_disk(flags.model_dir),
+    )
+
+
+# --- what is said of it
+
+
+def announce(
+    run: RunTrainer,
+    flags: TrainFlags,
+    forecast: Forecast,
+    resumed: Path | None,
+    say: Callable[[str], None],
+) -> None:
+    """Say before the first step what a run is, and when some are done how fast they were."""
+    for line in format_run(run, flags):
+        say(line)
+    if resumed:
+        say(f"going on from {resumed}")
+    for line in format_short(forecast):
+        say(line)
+
+    def say_pace(seconds, state, control):
+        say(format_pace(forecast, seconds, state.max_steps - state.global_step))
+
+    run.add_callback(Probe(say_pace))
+
+
+def format_run(run: RunTrainer, flags: TrainFlags) -> list[str]:
+    """Return what a run is: its size, its device, its steps and data."""
+    data, arguments = run.train_dataset, run.args
+    how = ", bf16" if arguments.bf16 else ""
+    how += f" in {arguments.world_size} processes" if arguments.world_size > 1 else ""
+    steps = f"{arguments.max_steps} steps" if flags.hours is None else f"{flags.hours:g} hours, steps"
+    epochs = f"{len(data) / data.rows_per_epoch:.2f} epochs of " if flags.hours is None else ""
+    lines = [
+        f"{flags.model_dir}: {run.model.num_parameters():,} parameters on {arguments.device.type}"
+        f"{explain_device(arguments.device.type)}{how}; {steps} of "
+        f"{run.meta.tokens_per_step:,.0f} tokens, {epochs}{data.rows_per_epoch:,} rows"
+    ]
+    if getattr(data, "num_overlong", 0):
+        lines.append(
+            f"{data.num_overlong} conversations are longer than --seq_len {flags.seq_len}: "
+            f"--overlong {flags.overlong} costs {data.dropped_tokens:,} tokens"
+        )
+    return lines
+
+
 def format_table(forecast: Forecast) -> list[str]:
     """Return the preflight as lines for a person."""
     lines = [
@@ -131,6 +205,13 @@ def format_short(forecast: Forecast) -> list[str]:
     data = [f"  data: {_format_data(forecast)}"] if forecast.epochs is not None else []
     lines = [f"  memory: {_format_memory(forecast)}", f"  disk: {_format_disk(forecast)}", *data]
     return lines + warn_epochs(forecast)
+
+
+def format_pace(forecast: Forecast, seconds: float, steps_left: int) -> str:
+    """Return how fast the first steps of a run were, and how long the rest will take."""
+    left = format_seconds(seconds * steps_left)
+    ends = f"the end is {left} away" if forecast.hours is None else f"{forecast.hours:g} hours"
+    return f"  speed: {1 / seconds:.3g} steps/s, {ends}, evaluations, saves and samples not counted"
 
 
 def warn_epochs(forecast: Forecast) -> list[str]:
@@ -223,11 +304,20 @@ class Probe(TrainerCallback):
         return sum(kept) / len(kept)
 
 
-def run_probe(run) -> Speed:
+def probe_run(flags: TrainFlags, extra: dict, opened: Opened, meta: RunMeta, ranks: Ranks) -> Speed:
+    """Return the speed of ten steps of this very run, in a folder that goes away."""
+    without = {"save_strategy": "no", "eval_strategy": "no"}
+    with TemporaryDirectory() as folder:
+        wish = StopWish(flags.model_dir, is_shared=True) if ranks.size > 1 else None
+        there = replace(flags, model_dir=Path(folder))
+        return measure_speed(build_run(there, extra | without, opened, meta, ranks, wish=wish))
+
+
+def measure_speed(run: RunTrainer) -> Speed:
     """Train ten steps and read a part of the val set; the trainer is of no use afterwards.
 
     Args:
-        run: a `trainer.RunTrainer` that neither saves nor evaluates.
+        run: one that neither saves nor evaluates.
     """
 
     def stop(seconds, state, control):
@@ -247,6 +337,18 @@ def run_probe(run) -> Speed:
 
 
 # --- what cannot be done
+
+
+def count_saves(flags: TrainFlags, opened: Opened) -> dict[str, int]:
+    """Return how many checkpoints lie on the disk at the same time, and their bytes."""
+    model_bytes, num_saves = 4 * opened.model.num_parameters(), -(-opened.max_steps // flags.save_steps)
+    state_bytes = count_state_bytes(opened.model.config, flags.optim)
+    return {
+        "num_checkpoints": min(flags.save_total_limit + 1, num_saves),
+        "model_bytes": model_bytes,
+        # Trainer goes on with FSDP from weights of its own beside the model.
+        "state_bytes": state_bytes + model_bytes * opened.room.is_sharded,
+    }
 
 
 def count_disk_bytes(num_checkpoints: int, model_bytes: int, state_bytes: int) -> int:
@@ -290,3 +392,37 @@ def check_disk(run_dir: Path, *, num_checkpoints: int, model_bytes: int, state_b
             f"bytes more, and {free:,} are free; free some, name a folder on another disk, or lower "
             "--save_total_limit"
         )
+
+
+@contextmanager
+def tell_memory(
+    flags: TrainFlags, room: Room, forecast: Forecast, say: Callable[[str], None]
+) -> Iterator[None]:
+    """Where memory runs out, say what takes it, and name a setting that takes less.
+
+    Raises:
+        OutOfMemory: instead of what torch or Python raised.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        for line in format_table(forecast):
+            say(line)
+        saved = ""
+        if checkpoint.list_checkpoints(flags.model_dir):
+            changed = [*([] if flags.batch_tokens is None else ["batch_tokens"]), "batch_size", "grad_accum"]
+            saved = f". What was saved is there, and is gone on from with --allow_change {','.join(changed)}"
+        raise OutOfMemory(
+            f"{room.setting} with --seq_len {flags.seq_len}: there was no memory left; "
+            f"{room.advise_less()}{saved}"
+        ) from None
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether a GPU or the machine had no memory left; torch has a class for its own allocator alone."""
+    # Of a CPU; of CUDA's runtime, NCCL and Apple's GPU; of cuBLAS.
+    signs = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    is_of_kind = isinstance(error, OutOfMemoryError | MemoryError)
+    return is_of_kind or any(sign in str(error) for sign in signs)

@@ -15,7 +15,7 @@ import transformers
 from torch.utils.tensorboard import SummaryWriter
 from transformers.trainer_utils import get_last_checkpoint
 
-from firstwords import atomic, checkpoint, dataset, signals, trainer
+from firstwords import atomic, checkpoint, dataset, opening, signals, trainer
 from firstwords.args import parse_train_args
 from firstwords.model import GPT2LMHeadModel, build_model
 from firstwords.tokenizer import load_tokenizer
@@ -154,7 +154,7 @@ def at_call(owner, name, do, after=0):
 
 
 PHASES = {
-    "start-up": [(dataset, "open_train", 0)],
+    "start-up": [(opening, "open_train", 0), (dataset, "open_train", 0)],
     "forward": [(GPT2LMHeadModel, "forward", 4), (transformers.GPT2LMHeadModel, "forward", 4)],
     "save": [(transformers.Trainer, "_save_rng_state", 1)],
     "evaluation": [(trainer, "evaluate_loss", 1), (transformers.Trainer, "evaluate", 1)],

@@ -126,7 +126,7 @@ def warm_up(folder: Path) -> None:
     quiet_transformers()  # a bar of progress is a thread
     data = tiny.write_chats(folder / "warm", tiny.invent_talks(5))
     tiny.build_trainer(data, folder / "warm-run").model.save_pretrained(folder / "warm-model")
-    for name in ("train", "broken", "firstwords.samples", "firstwords.health", "firstwords.card"):
+    for name in ("train", "broken", "firstwords.callbacks", "firstwords.preflight", "firstwords.resume"):
         importlib.import_module(name)
     importlib.import_module("firstwords.monitor").measure_matmul_rate = lambda device, bf16: 1e9
     gc.collect()

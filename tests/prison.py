@@ -31,13 +31,13 @@ def chat(folder):
 
 
 def init(folder):
-    import train
     from firstwords import checkpoint
+    from firstwords.opening import check_parent
     from firstwords.tokenizer import load_tokenizer
 
     found = checkpoint.find_init(Path(folder))
     model = checkpoint.load_model(found)
-    return train.check_parent(str(found), found, model, load_tokenizer(found))["weights"]
+    return check_parent(str(found), found, model, load_tokenizer(found))["weights"]
 
 
 def export(folder):

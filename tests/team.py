@@ -116,13 +116,13 @@ def lose_memory(step):
 
 def lose_data():
     """Be on a machine that has no data."""
-    from firstwords import dataset
+    from firstwords import opening
     from firstwords.errors import MissingInput
 
     def open_train(data_dir, *rest, **options):
         raise MissingInput(f"--data_dir {data_dir}: is not on this machine; copy it")
 
-    dataset.open_train = open_train
+    opening.open_train = open_train
 
 
 def fsdp_on_cpu():
@@ -132,7 +132,7 @@ def fsdp_on_cpu():
     """
     import accelerate.state
 
-    import train
+    from firstwords import opening
 
     os.environ |= {
         **{"ACCELERATE_USE_FSDP": "true", "ACCELERATE_TORCH_DEVICE": "cpu", "FSDP_VERSION": "2"},
@@ -141,7 +141,7 @@ def fsdp_on_cpu():
     }
     kind = accelerate.state.DistributedType.MULTI_GPU
     accelerate.state.PartialState._prepare_backend = lambda *args: ("gloo", kind)
-    train.choose_device = lambda flags, extra: "gpus"
+    opening.choose_device = lambda flags, extra: "gpus"
 
 
 def share_number(path):

@@ -13,9 +13,10 @@ import prep_text_corpus
 import train
 from benchmarks import bench_loss, record
 from firstwords import trainer
-from firstwords.args import parse_train_args
+from firstwords.args import check_flags, parse_train_args
 from firstwords.checkpoint import list_checkpoints, read_manifest
 from firstwords.model import read_config
+from firstwords.opening import find_config
 
 
 def test_the_recipe_of_shakespeare_from_a_text_to_a_loss(tmp_path):
@@ -42,10 +43,10 @@ def test_all_arms_of_a_case_differ_in_the_optimizer_alone(name):
     for arm in case.arms.values():
         words = shlex.split(f"{arm} {case.shape} --data_dir d --model_dir m --max_steps 10 --device cpu")
         flags, extra = parse_train_args(words)
-        train.check_flags(flags)
+        check_flags(flags)
         trainer.build_training_arguments(replace(flags, bf16=False), extra, 10)
         seen.append((flags.cfg, flags.seq_len, flags.batch_size, flags.grad_accum, flags.bf16))
-        assert flags.seq_len <= read_config(train.find_config(flags.cfg))["n_positions"]
+        assert flags.seq_len <= read_config(find_config(flags.cfg))["n_positions"]
     assert len(set(seen)) == 1
     assert {"ours", "nanogpt"} <= set(case.arms)
     assert {f"tokens_{name}_vs_{arm}" for arm in case.arms if arm != "ours"} <= set(record.ROWS)

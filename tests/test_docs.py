@@ -23,12 +23,12 @@ import export
 import inference
 import prep_data
 import prep_text_corpus
-import train
 from firstwords import trainer
-from firstwords.args import build_train_parser, parse_train_args
+from firstwords.args import build_train_parser, check_flags, parse_train_args
 from firstwords.dataset import open_train, open_val
 from firstwords.errors import FirstwordsError
 from firstwords.model import read_config
+from firstwords.opening import find_config
 from firstwords.schema import format_row
 from firstwords.sources import HUB_NAMES
 from firstwords.tokenizer import load_tokenizer
@@ -217,9 +217,9 @@ def parse_command(command: Command):
         parsed = PARSERS[command.script](command.flags)
         if command.script == "train.py":
             flags, _ = parsed
-            train.check_flags(flags)
+            check_flags(flags)
             if flags.cfg is not None:
-                assert flags.seq_len <= read_config(train.find_config(flags.cfg))["n_positions"]
+                assert flags.seq_len <= read_config(find_config(flags.cfg))["n_positions"]
     except FirstwordsError as error:
         raise AssertionError(f"{command}: {error}") from error
     return parsed

@@ -23,7 +23,7 @@ from tiny import (
 from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 import train
-from firstwords import atomic, checkpoint
+from firstwords import atomic, checkpoint, opening
 from firstwords.checkpoint import MANIFEST, find_checkpoint, find_resumable, list_checkpoints, publish, verify
 from firstwords.errors import Damaged
 from firstwords.template import CHAT_TEMPLATE
@@ -189,7 +189,7 @@ class StockInit:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(checkpoint, "find_init", lambda folder, *_: folder)
             patch.setattr(checkpoint, "load_model", by_stock_loader)
-            patch.setattr(train, "check_parent", lambda *_: {})
+            patch.setattr(opening, "check_parent", lambda *_: {})
             try:
                 train.main(argv)
             except (OSError, ValueError, RuntimeError) as error:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tiny import build_flags, hash_files, invent_talks, run_script, write_chats, write_config
 
 import train
+from firstwords import resume
 from firstwords.checkpoint import list_checkpoints, read_manifest, verify
 from firstwords.model import GPT2LMHeadModel
 
@@ -179,7 +180,7 @@ def test_changed_data_are_named(home, tmp_path, implementation, split):
 
 @beside(train, STOCK)
 def test_changed_versions_and_tokenizers_are_named(home, tmp_path, monkeypatch, implementation):
-    monkeypatch.setattr(train, "version", lambda name: "1.0")
+    monkeypatch.setattr(resume, "version", lambda name: "1.0")
     code, errors = go_on(implementation, home, tmp_path)
     assert code == 78
     assert f"torch was {torch.__version__.split('+')[0]}" in errors

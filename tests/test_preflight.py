@@ -11,7 +11,7 @@ from tiny import build_flags, hash_files, invent_talks, run_script, write_chats,
 from transformers import GPT2Config, TrainerCallback
 
 import train
-from firstwords import fit, monitor, preflight
+from firstwords import fit, monitor, opening, preflight
 from firstwords.args import TrainFlags
 from firstwords.checkpoint import list_checkpoints, read_manifest, verify
 from firstwords.errors import OutOfMemory
@@ -160,7 +160,7 @@ def test_fsdp_keeps_its_own_weights_on_the_disk_too(home, tmp_path):
     flags = TrainFlags(save_steps=5)
     model = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=64))
     alone, cut = (
-        train.count_saves(
+        preflight.count_saves(
             flags, SimpleNamespace(model=model, max_steps=9, room=SimpleNamespace(is_sharded=sharded))
         )
         for sharded in (False, True)
@@ -358,7 +358,7 @@ def test_a_larger_card_is_held_to_the_limit(monkeypatch):
 
 
 def test_a_run_that_cannot_fit_ends_with_71_before_any_work(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "open_model", None)
+    monkeypatch.setattr(opening, "open_model", None)
     code, errors = go(home, tmp_path / "run", batch_size=10**9)
     assert (code, len(errors.splitlines())) == (71, 1)
     assert "takes the same steps with" in errors

@@ -38,6 +38,7 @@ from firstwords.checkpoint import (
 )
 from firstwords.dataset import open_train
 from firstwords.errors import BadFlag
+from firstwords.opening import choose_device
 from firstwords.trainer import share_micro_batches
 
 TERM = str(int(signal.SIGTERM))
@@ -207,7 +208,7 @@ def test_muon_and_fsdp_are_refused(home, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(BadFlag, match="--optim muon: needs whole matrices, which FSDP cuts"):
-        train.choose_device(TrainFlags(device="cuda", optim="muon"), {})
+        choose_device(TrainFlags(device="cuda", optim="muon"), {})
 
 
 # --- one voice, one end
@@ -335,7 +336,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
     with pytest.raises(
         BadFlag, match="--device cuda: 2 processes were started on this machine, and its GPUs are 1;"
     ):
-        train.choose_device(TrainFlags(device="cuda"), {})
+        choose_device(TrainFlags(device="cuda"), {})
 
 
 def test_each_process_looks_at_its_own_gpu(monkeypatch):
@@ -343,10 +344,10 @@ def test_each_process_looks_at_its_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "set_device", taken.append)
-    assert train.choose_device(TrainFlags(device="cuda"), {}) == "cuda"
+    assert choose_device(TrainFlags(device="cuda"), {}) == "cuda"
     assert taken == []
     monkeypatch.setenv("LOCAL_RANK", "3")
-    train.choose_device(TrainFlags(device="cuda"), {})
+    choose_device(TrainFlags(device="cuda"), {})
     assert taken == [3]
 
 

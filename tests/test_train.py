@@ -23,11 +23,13 @@ from tiny import (
 )
 
 import train
-from firstwords import atomic, model
+from firstwords import atomic, opening
 from firstwords.args import TrainFlags
 from firstwords.checkpoint import list_checkpoints, load_model, read_manifest, verify
 from firstwords.errors import Mismatch
 from firstwords.model import GPT2LMHeadModel
+from firstwords.opening import MODELS, choose_device, find_config
+from firstwords.resume import compare_runs
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import train_bpe
 from firstwords.trainer import RunTrainer, StopOnSignal
@@ -144,7 +146,7 @@ def test_a_folder_that_was_there_stays_there(home, tmp_path):
 
 
 def test_bf16_where_it_cannot_be_had_is_refused(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "has_bf16", lambda device: False)
+    monkeypatch.setattr(opening, "has_bf16", lambda device: False)
     code, errors = go(home, tmp_path / "run", bf16=True)
     assert (code, errors) == (2, "error: --bf16: this cpu cannot compute in bfloat16; leave it out\n")
     assert not (tmp_path / "run").exists()
@@ -154,13 +156,13 @@ def test_bf16_where_it_cannot_be_had_is_refused(home, tmp_path, monkeypatch):
 def test_bf16_of_a_cpu_is_that_of_its_hardware(monkeypatch, feature):
     for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, name, lambda: False)
-    assert not model.has_bf16("cpu")
+    assert not opening.has_bf16("cpu")
     monkeypatch.setattr(torch.cpu, feature, lambda: True)
-    assert model.has_bf16("cpu")
+    assert opening.has_bf16("cpu")
 
 
 def test_bf16_keeps_the_weights_in_fp32(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(model, "has_bf16", lambda device: True)  # slower elsewhere, but the same
+    monkeypatch.setattr(opening, "has_bf16", lambda device: True)  # slower elsewhere, but the same
     for name, flags in {"exact": {}, "rough": {"bf16": True}}.items():
         assert go(home, tmp_path / name, log_steps=1, **flags) == (0, "")
     exact, rough = (read_losses(tmp_path / name) for name in ("exact", "rough"))
@@ -203,7 +205,7 @@ def test_a_gpu_that_is_too_small_for_the_model_alone(home, tmp_path, monkeypatch
     def build(*args, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(train, "build_run", build)
+    monkeypatch.setattr(opening, "build_run", build)
     code, errors = go(home, tmp_path / "run")
     assert code == 71
     assert "there was no memory left" in errors
@@ -297,9 +299,9 @@ def test_another_flag_or_other_data_are_named_with_both_values(home, done, used,
 
 def test_a_flag_that_an_older_run_did_not_know_had_its_default():
     theirs = {"lr": "0.1"}
-    train.compare_runs(TrainFlags(), theirs, theirs | {"hours": "None", "recompute": "none"})
+    compare_runs(TrainFlags(), theirs, theirs | {"hours": "None", "recompute": "none"})
     with pytest.raises(Mismatch, match="hours was None, is 2.0"):
-        train.compare_runs(TrainFlags(), theirs, theirs | {"hours": "2.0"})
+        compare_runs(TrainFlags(), theirs, theirs | {"hours": "2.0"})
 
 
 def test_a_change_that_is_allowed_goes_on(home, used):
@@ -473,11 +475,11 @@ def test_a_plain_gpt2_gets_rows_for_the_control_tokens_and_is_said_to_be_unverif
 
 
 def test_a_config_by_name_or_by_path(home):
-    assert train.find_config(Path("small_test")) == train.MODELS / "small_test.json"
-    assert train.find_config(home / "c.json") == home / "c.json"
+    assert find_config(Path("small_test")) == MODELS / "small_test.json"
+    assert find_config(home / "c.json") == home / "c.json"
 
 
 def test_auto_takes_a_device_that_is_there():
     flags = TrainFlags(device="auto")
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    assert there[train.choose_device(flags, {})]
+    assert there[choose_device(flags, {})]
