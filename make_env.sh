@@ -28,5 +28,8 @@ if [ ! -x .venv/bin/python ]; then
   "$python" -m venv .venv
 fi
 echo "\$ .venv/bin/pip install -r $requirements"
-.venv/bin/pip install --quiet -r "$requirements"
+# Some GB: on a terminal one sees how far it is.
+quiet=()
+[ -t 1 ] || quiet=(--quiet)
+.venv/bin/pip install "${quiet[@]}" -r "$requirements"
 cat requirements*.txt > "$stamp"

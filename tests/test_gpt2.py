@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import constants
-from published import build_published, write_cache, write_converted, write_gpt2, write_old
+from published import SHAPES, build_published, write_cache, write_converted, write_gpt2, write_old
 from tiny import run_script
 
 import evaluate
@@ -181,7 +181,7 @@ def test_from_gpt2_and_dolly_to_an_assistant(published, tokenizer, cache, tmp_pa
     assert any(re.fullmatch(r"Cat \d+ sat on the mat\.", context) for context in contexts)
 
     recipe = ["--recipe", "configs/recipes/gpt2_dolly.yaml", "--data_dir", data, "--model_dir", run]
-    quick = ["--epochs", "3", "--batch_size", "1", "--grad_accum", "1", "--device", "cpu", "--no_bf16"]
+    quick = ["--epochs", "3", "--batch_tokens", "1024", "--device", "cpu", "--no_bf16"]
     assert run_script(train, [*recipe, *quick]) == (0, "")
     manifest = json.loads((run / "manifest.json").read_text())
     assert manifest["parent"]["from"] == "hub:gpt2"
@@ -200,6 +200,31 @@ def test_from_gpt2_and_dolly_to_an_assistant(published, tokenizer, cache, tmp_pa
     with torch.no_grad():
         torch.testing.assert_close(exported(ids).logits, checkpoint.load_model(run)(ids).logits)
     assert "<|assistant|>" in transformers.AutoTokenizer.from_pretrained(out).get_vocab()
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize("write", [write_gpt2, write_converted])
+@pytest.mark.parametrize("owner", ["openai-community/gpt2-medium", "distilbert/distilgpt2"])
+def test_the_others_by_name_go_the_same_way(tokenizer, cache, tmp_path, monkeypatch, capsys, owner, write):
+    name = owner.split("/")[1]
+    other = build_published(tokenizer, name)
+    write_cache(cache, owner, write, other, tokenizer)
+    monkeypatch.setattr(streams, "_open_hub", invent_dolly)
+    data, run = tmp_path / "dolly", tmp_path / "run"
+    words = ["--dataset", "dolly", "--tokenizer", f"hub:{name}", "--out_dir", data, "--num_proc", "1"]
+    assert run_script(prep_data, words)[0] == 0
+    words = ["--data_dir", data, "--model_dir", run, "--init_model_dir", f"hub:{name}", "--device", "cpu"]
+    quick = ["--no_bf16", "--batch_tokens", "1024", "--epochs", "0.01", "--lr", "1e-9", "--eval_steps", "0"]
+    recipe = ["--recipe", "configs/recipes/gpt2_dolly.yaml"]
+    assert run_script(train, [*recipe, *words, *quick]) == (0, "")
+    config = json.loads((run / "config.json").read_text())
+    assert SHAPES[name].items() <= config.items()
+    assert (config["n_positions"], config["vocab_size"]) == (1024, tokenizer.vocab_size_padded)
+    assert json.loads((run / "manifest.json").read_text())["parent"]["from"] == f"hub:{name}"
+    ids = torch.tensor([tokenizer.encode(TEXT)])
+    with torch.no_grad():
+        logits = checkpoint.load_model(run)(ids).logits[..., : other.config.vocab_size]
+        torch.testing.assert_close(logits, other(ids).logits, rtol=0, atol=1e-4)
     capsys.readouterr()
 
 

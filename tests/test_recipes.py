@@ -266,7 +266,7 @@ def test_the_steps_of_older_tutorials_are_named_in_passes():
     """What the comment says of 50,000 steps follows from the recipe's own tokens in a step."""
     text = (ROOT / "configs/recipes/chatbot_16gb_chat.yaml").read_text()
     recipe = yaml.safe_load(text)
-    tokens = recipe["batch_size"] * recipe["grad_accum"] * recipe["seq_len"]
+    tokens = recipe["batch_tokens"]
     assert f"{tokens:,} tokens" in text
     low, high = (round(50_000 * tokens / size, -1) for size in (8.4e6, 5e6))
     assert re.search(rf"{low:.0f} to {high:.0f}", text.replace("\n#", "")), (low, high)
