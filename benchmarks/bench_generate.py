@@ -34,6 +34,7 @@ import transformers
 from transformers import GenerationConfig, GPT2Config
 
 from benchmarks.record import summarise_pairs, write_result
+from firstwords.args import run_main
 from firstwords.generate import generate_batch, stream_ids
 from firstwords.model import find_device, has_bf16, quiet_transformers, read_config
 from firstwords.quantize import has_fbgemm, replace_matrices
@@ -163,13 +164,13 @@ def open_llama(path: Path, threads: int, new: int) -> Callable[[], list[int]]:
     return answer
 
 
-def read_bandwidth() -> float:
+def read_bandwidth(device: str) -> float:
     """Return the bytes a second that summing a large tensor reads, the best of three."""
-    data = torch.ones(READ // 4)
+    data = torch.ones(READ // 4, device=device)
     rates = []
     for _ in range(3):
         begin = time.perf_counter()
-        data.sum()
+        data.sum().item()
         rates.append(READ / (time.perf_counter() - begin))
     return max(rates)
 
@@ -183,35 +184,40 @@ def build_sides(args) -> dict[str, Callable[[], list[int]]]:
     dtypes += ["bf16"] if has_bf16(device) else []
     models = {dtype: build_model(device, dtype) for dtype in dtypes}
     sides |= {dtype: partial(run_ours, model, new) for dtype, model in models.items()}
-    if device == "cpu":
-        for name, path in (("llama_f16", args.gguf_f16), ("llama_q8", args.gguf_q8)):
-            if path:
-                sides[name] = open_llama(path, torch.get_num_threads(), new)
+    if device == "cpu":  # the rows of a GPU are of one stream
+        sides |= build_cpu_sides(args, plain, models)
+    return {name: run for name, run in sides.items() if name in {"transformers", *(args.only or sides)}}
+
+
+def build_cpu_sides(args, plain, models: dict) -> dict[str, Callable[[], list[int]]]:
+    """Return what answers on a CPU alone: llama.cpp, many streams, servers."""
+    sides, new = {}, args.new
+    for name, path in (("llama_f16", args.gguf_f16), ("llama_q8", args.gguf_q8)):
+        if path:
+            sides[name] = open_llama(path, torch.get_num_threads(), new)
     sides["streams"] = partial(run_streams, plain, new)
     sides |= {f"streams_{dtype}": partial(run_streams, model, new) for dtype, model in models.items()}
-    sides["continuous"] = partial(run_continuous, build_model(device), new)
-    if device == "cpu" and (not args.only or any(name.startswith("server") for name in args.only)):
+    sides["continuous"] = partial(run_continuous, build_model("cpu"), new)
+    if not args.only or any(name.startswith("server") for name in args.only):
         address = open_server()
         sides |= {f"server_{count}": partial(run_clients, count, address, new) for count in CLIENTS}
-    return {name: run for name, run in sides.items() if name in {"transformers", *(args.only or sides)}}
+    return sides
 
 
 def time_side(run: Callable[[], list[int]]) -> tuple[float, list[int]]:
     """Return new tokens a second, and the ids."""
     begin = time.perf_counter()
     ids = run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     return len(ids) / (time.perf_counter() - begin), ids
 
 
-def measure_rounds(sides: dict, rounds: int) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
+def measure_rounds(sides: dict, args) -> tuple[list[dict[str, float]], dict[str, list[int]]]:
     """Run every side once a round, after each has answered once unmeasured; print each round."""
     replies = {name: run() for name, run in sides.items() if not is_many(name)}
     figures = []
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         figures.append({name: time_side(run)[0] for name, run in sides.items()})
-        figures[-1]["bandwidth"] = read_bandwidth()
+        figures[-1]["bandwidth"] = read_bandwidth(args.device)
         print({name: float(f"{value:.3g}") for name, value in figures[-1].items()}, flush=True)
     return figures, replies
 
@@ -263,7 +269,7 @@ def count_same(ids: list[int], others: list[int]) -> int:
     return min(differ, default=len(ids))
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure what this machine and the flags allow."""
     parser = argparse.ArgumentParser(description=__doc__)
     add = parser.add_argument
@@ -274,15 +280,15 @@ def main() -> None:
     add("--gguf_q8", type=Path, help="the same in q8_0")
     add("--only", nargs="+", metavar="SIDE", help="of the sides only these; transformers is always there")
     add("--save_dir", type=Path, help="write the model here and end")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     quiet_transformers()
     if args.save_dir:
         build_model("cpu").save_pretrained(args.save_dir)
         return
     args.device = find_device(args.device)
-    figures, replies = measure_rounds(build_sides(args), args.rounds)
+    figures, replies = measure_rounds(build_sides(args), args)
     write_rows(figures, replies, args)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,8 +25,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from benchmarks.record import write_result
-from firstwords.args import parse_train_args
+from firstwords.args import parse_train_args, run_main
 from firstwords.checkpoint import is_complete, list_checkpoints
+from firstwords.model import find_device
 
 # What trains on characters reads --text.
 CHARACTERS, PYDOCS = "--tokenizer char", "--dataset pydocs --val_pct 10"
@@ -104,7 +105,7 @@ GOALS = {
 RIVALS = ("nanogpt", "adamw")
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure the cases of the device."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -115,7 +116,8 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all of the device")
     parser.add_argument("--seeds", type=int, help="default 3 on a CPU, 1 on a GPU")
     parser.add_argument("--rivals", nargs="+", choices=RIVALS, default=RIVALS, help="default: all of a case")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
+    find_device(args.device)
     seeds = args.seeds or (3 if args.device == "cpu" else 1)
     for name in args.cases or [name for name, case in CASES.items() if case.device == args.device]:
         case = keep_arms(CASES[name], ("ours", *args.rivals))
@@ -170,8 +172,10 @@ def train(run: Path, words: list[str], steps: int, device: str) -> dict[int, flo
 
 
 def run_script(script: str, words: list[str]) -> None:
-    """Run a script of ours to its end."""
-    subprocess.run([sys.executable, script, *words], check=True)
+    """Run a script of ours to its end; where it fails it has said why, and we end as it did."""
+    code = subprocess.run([sys.executable, script, *words]).returncode
+    if code:
+        sys.exit(code)
 
 
 def write_rows(name: str, case: Case, losses: dict[str, list[dict]]) -> None:
@@ -209,4 +213,4 @@ def count_tokens(shape: str) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -25,8 +25,9 @@ import transformers
 from transformers import GPT2Config
 
 from benchmarks.record import measure_pairs, write_result
+from firstwords.args import run_main
 from firstwords.memory import Memory, Step, measure_step, predict_memory
-from firstwords.model import GPT2LMHeadModel, quiet_transformers, read_config
+from firstwords.model import GPT2LMHeadModel, find_device, quiet_transformers, read_config
 from firstwords.model.cross_entropy import find_learned
 from firstwords.optimizer import MuonAdamW
 from firstwords.recompute import LEVELS, set_recompute
@@ -171,7 +172,7 @@ def compare_formulae() -> None:
     for name, recompute, bf16 in product(VOCABULARY, LEVELS, (True, False)):
         setting = Setting(name, 4, recompute=recompute, bf16=bf16)
         predicted = setting.predict("cpu")
-        if not predicted.activations:
+        if not predicted.activations and not predicted.logits:
             print(name, recompute, "bf16" if bf16 else "fp32", "needs most in the optimizer's step")
             continue
         counted = count_step(setting)
@@ -281,16 +282,17 @@ def measure_truth(card: dict) -> None:
     write_result("memory_prediction_gpu", result | {"compared": compared}, card)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure the rows that the device can measure."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     quiet_transformers()
+    find_device(args.device)
     measure_cpu() if args.device == "cpu" else measure_cuda()
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

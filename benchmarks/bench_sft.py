@@ -37,6 +37,7 @@ from benchmarks.bench_train import (
     train_ours,
 )
 from benchmarks.turns import TrainerSide, Turns
+from firstwords.args import run_main
 from firstwords.dataset import PackedChats, collate, read_chats
 from firstwords.model import IGNORED, build_model, find_device, has_bf16, quiet_transformers
 from firstwords.tokenizer import load_tokenizer
@@ -148,7 +149,7 @@ def measure(rival_name: str, args) -> None:
         side.close()
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure one row, or all, or be a side."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -158,7 +159,7 @@ def main() -> None:
     parser.add_argument("--rivals", nargs="+", choices=list(SIDES)[1:], default=list(SIDES)[1:])
     parser.add_argument("--pairs", type=int, default=5)
     add_side_flags(parser, SIDES)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     quiet_transformers()
     find_device(args.device)
     if args.side:
@@ -170,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

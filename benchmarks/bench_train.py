@@ -34,9 +34,9 @@ from transformers import GPT2Config, TrainingArguments
 from benchmarks.record import RESULTS, measure_pairs, write_result
 from benchmarks.turns import NanoGPT, TrainerSide, Turns
 from firstwords import trainer
-from firstwords.args import TrainFlags
+from firstwords.args import TrainFlags, run_main
 from firstwords.dataset import collate, open_train, read_chats
-from firstwords.model import IGNORED, build_model, has_bf16, quiet_transformers, read_config
+from firstwords.model import IGNORED, build_model, find_device, has_bf16, quiet_transformers, read_config
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import CHARACTERS, Tokenizer, load_tokenizer
 from firstwords.tokenstore import FORMAT, TokenStoreWriter
@@ -388,10 +388,11 @@ def choose_rows(args) -> list[str]:
     return [row for row in ROWS if row not in cannot | (set() if args.nanogpt else {"train_cpu_vs_nanogpt"})]
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure, or be a side."""
-    args = build_parser().parse_args()
+    args = build_parser().parse_args(argv)
     quiet_transformers()
+    find_device(args.device)
     if args.side:
         with tempfile.TemporaryDirectory() as folder:
             SIDES[args.side](args, folder)
@@ -404,4 +405,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

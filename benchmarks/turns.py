@@ -84,10 +84,8 @@ class TrainerSide:
         raise SystemExit(f"{' '.join(self._process.args)}: ended with {self._process.wait()}")
 
     def close(self) -> None:
-        """End it."""
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+        """End it: at the end of its input it stops, and what it has still to say is read."""
+        self._process.communicate()
 
 
 class NanoGPT:
@@ -110,6 +108,7 @@ class NanoGPT:
             text=True,
             start_new_session=True,  # its compiler's processes are stopped with it
         )
+        self._end = watch_group(self._process.pid)
 
     def settle(self) -> None:
         """Wait until it has warmed up, and stop it."""
@@ -139,6 +138,15 @@ class NanoGPT:
 
     def close(self) -> None:
         """End it."""
-        os.killpg(self._process.pid, signal.SIGKILL)
+        self._end.communicate()
         self._process.stdout.close()
         self._process.wait()
+
+
+def watch_group(group: int) -> subprocess.Popen:
+    """Start what kills a group of processes, stopped ones too, when its input ends: with us at the latest.
+
+    Who is stopped does not notice that its parent was killed, and would stay for ever.
+    """
+    words = ["sh", "-c", 'cat; kill -s KILL -- "-$0"', str(group)]
+    return subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
