@@ -75,50 +75,42 @@ def compute_by(way):
     return compute
 
 
-def mend_window(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
+def stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
     """Do what torch's kernel is documented to do, from its cumulated lengths, in float32 on a CPU."""
     assert torch.equal(cu_seq_q, cu_seq_k)
     assert max_q == max_k >= int(cu_seq_q.diff().max())
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     parts = []
     for begin, end in zip(cu_seq_q[:-1].tolist(), cu_seq_q[1:].tolist(), strict=True):
         if begin < end:
-            scores = torch.einsum("qhd,khd->hqk", query[begin:end], key[begin:end]) * query.shape[-1] ** -0.5
+            scores = torch.einsum("qhd,khd->hqk", query[begin:end], key[begin:end]) * scale
             if window_size == (-1, 0):
                 scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
             parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1), value[begin:end]))
     return torch.cat(parts)
 
 
-def use_old_kernel(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-    """The signature of torch 2.10."""
-    window = (-1, 0) if is_causal else (-1, -1)
-    return mend_window(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window)
-
-
 def use_flash(query, key, value, cu_q, cu_k, max_q, max_k, dropout_p=0.0, softmax_scale=None, causal=False):
     """The signature of flash-attn 2."""
-    query = query * (softmax_scale * query.shape[-1] ** 0.5)
-    return use_old_kernel(query, key, value, cu_q, cu_k, max_q, max_k, is_causal=causal)
+    window = (-1, 0) if causal else (-1, -1)
+    return stand_in(query, key, value, cu_q, cu_k, max_q, max_k, scale=softmax_scale, window_size=window)
 
 
 @pytest.mark.parametrize("inverse", [False, True])
-@pytest.mark.parametrize("way", ["auto", "dense", "varlen", "varlen 2.10", "flash"])
+@pytest.mark.parametrize("way", ["auto", "dense", "varlen", "flash"])
 def test_every_way_keeps_conversations_apart(tmp_path, ids, monkeypatch, way, inverse):
-    kernel = use_old_kernel if way == "varlen 2.10" else mend_window
-    varlen = types.SimpleNamespace(varlen_attn=kernel)
     flash = types.SimpleNamespace(flash_attn_varlen_func=use_flash)
-    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", varlen)
+    monkeypatch.setattr(attention, "varlen_attn", stand_in)
     monkeypatch.setitem(sys.modules, "flash_attn", flash)
     shape = {"n_layer": 2, "initializer_range": 0.3, "scale_attn_by_inverse_layer_idx": inverse}
     model = build_model(write_config(tmp_path / "c.json", **shape), BYTES, seed=1)
-    check_isolated(compute_by(way.split()[0]), model, ids)
+    check_isolated(compute_by(way), model, ids)
 
 
 def test_torch_s_kernel_takes_what_we_give_it():
-    kernel = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
-    names = list(inspect.signature(kernel).parameters)
-    assert names[:7] == list(inspect.signature(mend_window).parameters)[:7]
-    assert attention._say_causal(kernel).keys() <= set(names)
+    theirs, ours = (inspect.signature(kernel).parameters for kernel in (attention.varlen_attn, stand_in))
+    assert list(theirs)[:7] == list(ours)[:7]
+    assert ours.keys() <= theirs.keys()
 
 
 def test_plain_position_ids_without_documents_are_seen(model, ids):
@@ -242,7 +234,6 @@ def test_the_way_follows_from_device_type_and_dropout(
     monkeypatch, wish, device, dtype, dropout, capability, way
 ):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    monkeypatch.setattr(attention, "_has_varlen", lambda: True)
     assert attention.choose_way(wish, device, dtype, dropout) == way
 
 
@@ -263,7 +254,6 @@ def test_the_way_follows_from_device_type_and_dropout(
 )
 def test_what_cannot_be_had_is_refused(monkeypatch, way, device, bf16, dropout, why):
     monkeypatch.setattr(attention, "find_spec", lambda name: None)
-    monkeypatch.setattr(attention, "_has_varlen", lambda: True)
     with pytest.raises(BadFlag, match=f"^{why}"):
         attention.check_attention(way, device, bf16, dropout)
     attention.check_attention("auto", device, bf16, dropout)

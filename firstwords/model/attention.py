@@ -10,14 +10,11 @@ Forward and backward of a layer of small_test on 4 rows of 1,024 tokens (35 conv
 conversation after the other, 50 to 66 ms in groups of one padded length, 143 ms with a mask of (T, T).
 """
 
-import inspect
-import math
-from collections.abc import Callable
-from functools import cache
 from importlib.util import find_spec
 
 import torch
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -54,12 +51,11 @@ def check_attention(way: str, device: str, bf16: bool, dropout: float) -> None:
         raise BadFlag(f"--attention {way}: computes in 16 bits alone; add --bf16 or leave it out")
     if way == "flash" and find_spec("flash_attn") is None:
         raise BadFlag("--attention flash: flash-attn is not installed; pip install flash-attn")
-    if way == "varlen" and not _has_varlen():
-        raise BadFlag(f"--attention varlen: torch {torch.__version__} has none; pip install 'torch>=2.10'")
     if way == "varlen" and dropout:
         raise BadFlag(f"--attention varlen: drops nothing, but attn_pdrop is {dropout}; leave it out")
 
 
+@torch.compiler.assume_constant_result  # no compiler can look into the question after the card
 def choose_way(wish: str, device: str, dtype: torch.dtype, dropout: float) -> str:
     """Return how packed rows are attended to.
 
@@ -70,14 +66,9 @@ def choose_way(wish: str, device: str, dtype: torch.dtype, dropout: float) -> st
         return wish
     if device == "cpu":
         return "each"
-    if device != "cuda" or dtype == torch.float32 or dropout or not _has_varlen():
+    if device != "cuda" or dtype == torch.float32 or dropout:
         return "dense"
     return "varlen" if torch.cuda.get_device_capability() >= (8, 0) else "dense"
-
-
-@cache
-def _has_varlen() -> bool:
-    return find_spec("torch.nn.attention.varlen") is not None
 
 
 def lay_documents(documents: torch.Tensor | None, device: torch.device) -> torch.Tensor:
@@ -137,22 +128,8 @@ def _attend_one(query, key, value, dropout, scaling):
 
 def _attend_varlen(query, key, value, documents, longest, dropout, scaling):
     """Attend by torch's kernel for rows of many lengths; shapes as of `_attend_each`."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    # The first releases take no scale, and multiply by D ** -0.5 themselves; GPT-2 asks for the same, and a
-    # query that was multiplied by 1 would be kept for the backward pass once more.
-    factor = 1.0 if scaling is None else scaling * query.shape[-1] ** 0.5
-    if not math.isclose(factor, 1.0):
-        query = query * factor
-    return varlen_attn(query, key, value, documents, documents, longest, longest, **_say_causal(varlen_attn))
-
-
-@cache
-def _say_causal(varlen_attn: Callable) -> dict:
-    # torch 2.10 takes is_causal, 2.11 and later a window.
-    if "is_causal" in inspect.signature(varlen_attn).parameters:
-        return {"is_causal": True}
-    return {"window_size": (-1, 0)}
+    spans = (documents, documents, longest, longest)
+    return varlen_attn(query, key, value, *spans, scale=scaling, window_size=(-1, 0))  # causal
 
 
 def _attend_flash(query, key, value, documents, longest, dropout, scaling):
