@@ -2,7 +2,7 @@
 """Measure training against the plain Trainer and nanoGPT's train.py, in turn.
 
   python -m benchmarks.bench_train --rows train_cpu_vs_stock_fp32 --data_dir data/pydocs_chat
-  python -m benchmarks.bench_train --rows train_cpu_vs_nanogpt --nanogpt nanoGPT
+  python -m benchmarks.bench_train --rows train_cpu_vs_nanogpt train_cpu_vs_nanogpt_biases --nanogpt nanoGPT
   python -m benchmarks.bench_train --device cuda --nanogpt nanoGPT
 
 Counted are real tokens (no padding) per second of whole optimizer steps. Every side is train.py's or the
@@ -23,6 +23,7 @@ import json
 import pickle
 import tempfile
 import time
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -81,6 +82,7 @@ def train_ours(args, folder: str) -> None:
     flags = TrainFlags(
         model_dir=Path(folder), seq_len=args.seq_len, batch_size=args.batch_size, grad_accum=args.grad_accum,
         bf16=args.bf16, device=args.device, eval_steps=0, save_steps=10**9, log_steps=args.steps,
+        lr_scheduler_type="linear", warmup_steps=0,  # the rivals' defaults: losses are compared too
     )  # fmt: skip
     tokens_per_step = args.batch_size * args.grad_accum * train_set.tokens_per_row
     model = build_model(args.cfg, tokenizer, seed=0)
@@ -248,8 +250,12 @@ def compare(row: str, args, ours, rival, settings: dict) -> dict:
     return result
 
 
-def measure_nanogpt(row: str, args) -> None:
-    """Measure nanoGPT's CPU shape on the CPU, in float32 as its train.py computes there."""
+def measure_nanogpt(row: str, args, *, bias: bool = False) -> None:
+    """Measure nanoGPT's CPU shape on the CPU, in float32 as its train.py computes there.
+
+    Args:
+        bias: what its flag of that name is set to. GPT-2 and so ours has biases, nanoGPT's default has none.
+    """
     rows, steps, length = 12, 100, NANOGPT_CPU["n_positions"]
     dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
     config = {**NANOGPT_CPU, **dropouts, "activation_function": "gelu_pytorch_tanh"}
@@ -261,7 +267,7 @@ def measure_nanogpt(row: str, args) -> None:
             steps=steps, device="cpu",
         )  # fmt: skip
         words = {"n_layer": 4, "n_head": 4, "n_embd": 128, "block_size": length, "batch_size": rows}
-        words |= {"device": "cpu", "compile": False, "gradient_accumulation_steps": 1}
+        words |= {"device": "cpu", "compile": False, "gradient_accumulation_steps": 1, "bias": bias}
         rival = start_nanogpt(args.nanogpt, data, Path(folder), words, steps=steps, warm_up=20)
         settings = {"ours": {**config, "batch_size": rows}, "rival": {**words, "dtype": "float32"}}
         compare(row, args, ours, rival, settings)
@@ -350,6 +356,7 @@ ROWS = {
     ),
     "train_cpu_vs_stock_bf16": lambda row, args: measure_chat(row, args, ours_bf16=True, rival_bf16=True),
     "train_cpu_vs_nanogpt": measure_nanogpt,
+    "train_cpu_vs_nanogpt_biases": partial(measure_nanogpt, bias=True),
 }
 
 
@@ -385,7 +392,9 @@ def choose_rows(args) -> list[str]:
     if args.rows:
         return args.rows
     cannot = set() if has_bf16("cpu") else {"train_cpu_vs_stock_bf16"}
-    return [row for row in ROWS if row not in cannot | (set() if args.nanogpt else {"train_cpu_vs_nanogpt"})]
+    if not args.nanogpt:
+        cannot |= {row for row in ROWS if "nanogpt" in row}
+    return [row for row in ROWS if row not in cannot]
 
 
 def main(argv: list[str]) -> None:

@@ -29,6 +29,7 @@ ROWS = {
     "train_cpu_vs_stock_fp32": "tokens/s of train.py over the plain Trainer (fp32, gelu_new, unpacked): 2.5",
     "train_cpu_vs_stock_bf16": "tokens/s of train.py --bf16 over the Trainer in bf16, padded to longest: 1.5",
     "train_cpu_vs_nanogpt": "tokens/s of train.py over nanoGPT's train.py, its CPU shape, fp32: 1",
+    "train_cpu_vs_nanogpt_biases": "the same, nanoGPT with --bias=True, the weights of both alike: 1",
     "run_all_minutes": "run_all.sh after installation, 2 cores, minutes: at most 10 with avx512_bf16",
     "run_all_peak_gb": "peak memory of run_all.sh, GB: under 3",
     "exact_match": "held-out questions answered with the documented sentence (200 drawn): 0.95",
