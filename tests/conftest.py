@@ -99,3 +99,22 @@ def handlers():
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def no_matmul(monkeypatch):
+    """Leave out what each run begins with: 0.3 seconds of measuring the machine."""
+    from firstwords import monitor
+
+    monkeypatch.setattr(monitor, "measure_matmul_rate", lambda device, bf16: 1e9)
+
+
+@pytest.fixture(scope="session")
+def nursery(tmp_path_factory):
+    """The warmed process of which runs of train.py are forked."""
+    from nursery import Nursery
+
+    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
+    assert nursery.threads == 1, "what is forked has started threads"
+    yield nursery
+    nursery.close()

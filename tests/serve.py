@@ -3,10 +3,8 @@
 import threading
 from contextlib import contextmanager
 
-import torch
 import uvicorn
-from tiny import BYTES
-from transformers import GPT2Config, GPT2LMHeadModel
+from tiny import BYTES, build_babbler
 
 from firstwords.server.api import build_app
 from firstwords.server.serving import name_address, open_port
@@ -15,18 +13,8 @@ from firstwords.session import ChatSession
 
 def build_session(context=200, **options):
     """Return a session of a model that babbles, something else for each prompt."""
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=BYTES.vocab_size_padded,
-        bos_token_id=BYTES.endoftext_id,
-        eos_token_id=BYTES.end_id,
-        initializer_range=0.3,
-        n_embd=32,
-        n_layer=1,
-        n_head=2,
-        n_positions=max(context, 256),
-    )
-    return ChatSession(GPT2LMHeadModel(config).eval(), BYTES, context=context, **options)
+    model = build_babbler(n_positions=max(context, 256))
+    return ChatSession(model, BYTES, context=context, **options)
 
 
 class Told:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from rows import read_jsonl, write_jsonl
 
 import prep_data
 from firstwords import conversations, prep
@@ -33,15 +34,6 @@ def make_rows(name, count, words=3):
         {"question": f"{name} {n}?", "answer": " ".join([f"{name}{n}"] * (1 + n % words))}
         for n in range(count)
     ]
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def count_questions(out_dir):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from rows import write_texts
 
 import prep_text_corpus
 from firstwords import corpus, hashes
@@ -27,11 +28,6 @@ WORDS = ["the", "cat's", "12", "café", "日本", "naïve\tIt'll", "be,", "(so)"
 def make_texts(count, size, seed=0):
     draw = random.Random(seed)
     return [" ".join(draw.choices(WORDS, k=size)) + f" {n}" for n in range(count)]
-
-
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
 
 
 def run(dataset, out_dir, *flags, tokenizer="bpe:300"):
@@ -55,7 +51,7 @@ def small_units(monkeypatch):
 def tokenizer(tmp_path_factory):
     """A folder with a BPE of 400 tokens."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    run(write_jsonl(folder / "a.jsonl", make_texts(50, 40)), folder / "out", tokenizer="bpe:400")
+    run(write_texts(folder / "a.jsonl", make_texts(50, 40)), folder / "out", tokenizer="bpe:400")
     return folder / "out"
 
 
@@ -63,7 +59,7 @@ def tokenizer(tmp_path_factory):
 
 
 def test_one_process_and_eight_give_the_same_bytes(tmp_path, tokenizer, small_units):
-    write_jsonl(tmp_path / "a.jsonl", make_texts(4000, 150))
+    write_texts(tmp_path / "a.jsonl", make_texts(4000, 150))
     one = run(tmp_path / "a.jsonl", tmp_path / "one", "--num_proc", "1", tokenizer=tokenizer)
     eight = run(tmp_path / "a.jsonl", tmp_path / "eight", "--num_proc", "8", tokenizer=tokenizer)
     assert one == eight
@@ -94,7 +90,7 @@ def write_kinds(folder, texts):
     import pyarrow.parquet
 
     rows = [{"text": text, "n": n} for n, text in enumerate(texts)]
-    write_jsonl(folder / "a.jsonl", texts)
+    write_texts(folder / "a.jsonl", texts)
     (folder / "a.json").write_text(json.dumps(rows), encoding="utf-8")
     cells = "".join('"' + text.replace('"', '""') + '",1\n' for text in texts)
     (folder / "a.csv").write_text("text,n\n" + cells, encoding="utf-8", newline="")
@@ -175,7 +171,7 @@ def test_a_bad_byte_refuses_the_whole_text_once(tmp_path, monkeypatch, tokenizer
     data = bytearray(" ".join(make_texts(40, 90)).encode())
     data[9000] = data[12_000] = 0xFF
     (tmp_path / "a.txt").write_bytes(data)
-    write_jsonl(tmp_path / "b.jsonl", ["one", "two"])
+    write_texts(tmp_path / "b.jsonl", ["one", "two"])
     report = run(tmp_path / "?.*", tmp_path / "out", "--skip_bad", tokenizer=tokenizer)
     assert report["documents"] == {
         "read": 3,
@@ -240,7 +236,7 @@ def count_parts(folder):
 
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, tokenizer, small_units):
     draw = random.Random(0)
-    write_jsonl(tmp_path / "a.jsonl", make_texts(6000, 150))
+    write_texts(tmp_path / "a.jsonl", make_texts(6000, 150))
     whole = run(tmp_path / "a.jsonl", tmp_path / "whole", "--num_proc", "1", tokenizer=tokenizer)
     flags = ("--tokenizer", str(tokenizer), "--num_proc", "2")
     for wanted in (1, 2, 4):
@@ -263,7 +259,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bytes(tmp_path, tokenizer, s
 
 
 def test_a_full_disk_keeps_what_was_done(tmp_path, tokenizer, small_units):
-    write_jsonl(tmp_path / "a.jsonl", [*make_texts(1500, 150), "x " * 700_000])
+    write_texts(tmp_path / "a.jsonl", [*make_texts(1500, 150), "x " * 700_000])
     whole = run(tmp_path / "a.jsonl", tmp_path / "whole", "--num_proc", "1", tokenizer=tokenizer)
     limit = 1_200_000
     flags = ("--tokenizer", str(tokenizer), "--num_proc", "1")
@@ -282,7 +278,7 @@ def test_a_full_disk_keeps_what_was_done(tmp_path, tokenizer, small_units):
 
 
 def test_refused_work_waits_for_skip_bad(tmp_path, tokenizer, monkeypatch):
-    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    path = write_texts(tmp_path / "a.jsonl", ["one", "two"])
     with open(path, "a") as rows:
         rows.write('{"text": 1}\n')
     with pytest.raises(BadData, match="--skip_bad"):
@@ -294,12 +290,12 @@ def test_refused_work_waits_for_skip_bad(tmp_path, tokenizer, monkeypatch):
 
 
 def test_work_on_other_input_starts_anew_and_says_so(tmp_path, tokenizer, capsys):
-    path = write_jsonl(tmp_path / "a.jsonl", ["one", "two"])
+    path = write_texts(tmp_path / "a.jsonl", ["one", "two"])
     with open(path, "a") as rows:
         rows.write('{"text": 1}\n')
     with pytest.raises(BadData):
         run(path, tmp_path / "out", tokenizer=tokenizer)
-    write_jsonl(path, ["three", "four", "five"])
+    write_texts(path, ["three", "four", "five"])
     assert run(path, tmp_path / "out", tokenizer=tokenizer)["documents"]["kept"] == 3
     assert "unfinished work had other sources; starting anew" in capsys.readouterr().err
 
@@ -307,7 +303,7 @@ def test_work_on_other_input_starts_anew_and_says_so(tmp_path, tokenizer, capsys
 def test_hashes_of_contents_stay_on_disk(tmp_path, tokenizer, monkeypatch):
     monkeypatch.setattr(hashes, "BLOCK", 16)
     monkeypatch.setattr(corpus, "BLOCK_TOKENS", 50)
-    write_jsonl(tmp_path / "a.jsonl", make_texts(100, 9) * 2)
+    write_texts(tmp_path / "a.jsonl", make_texts(100, 9) * 2)
     report = run(tmp_path / "a.jsonl", tmp_path / "out", "--val_pct", "10", tokenizer=tokenizer)
     assert report["documents"]["duplicates"] == 100
     assert {split: counts["documents"] for split, counts in report["splits"].items()} == {
@@ -323,7 +319,7 @@ def test_datatrove_gives_the_store_of_one_machine_though_a_task_dies(tmp_path, t
     pytest.importorskip("datatrove")
     (tmp_path / "texts").mkdir()
     for n in range(3):
-        write_jsonl(tmp_path / "texts" / f"{n}.jsonl", make_texts(1500, 150, n))
+        write_texts(tmp_path / "texts" / f"{n}.jsonl", make_texts(1500, 150, n))
     data = (tmp_path / "texts" / "2.jsonl").read_bytes()
     (tmp_path / "texts" / "2.jsonl").unlink()
     (tmp_path / "texts" / "2.jsonl.gz").write_bytes(gzip.compress(data, 1))
@@ -351,7 +347,7 @@ def test_the_tutorial_gives_slurm_the_same_step(tmp_path, monkeypatch, tokenizer
     blocks = (b.split("```")[0] for b in (ROOT / "tutorial.md").read_text().split("```python")[1:])
     block = next(block for block in blocks if "SlurmPipelineExecutor" in block)
     (tmp_path / "my_texts").mkdir()
-    write_jsonl(tmp_path / "my_texts" / "a.jsonl", ["one", "two"])
+    write_texts(tmp_path / "my_texts" / "a.jsonl", ["one", "two"])
     monkeypatch.chdir(tmp_path)
     launched = []
     monkeypatch.setattr(SlurmPipelineExecutor, "run", lambda self: launched.append(self))

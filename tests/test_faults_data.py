@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from broken import WRITES
 from faults import beside
+from rows import read_jsonl
 from test_rejects import measure
 from tiny import (
     BYTES,
@@ -109,10 +110,6 @@ def write_lines(path, lines):
 
 def dump(row):
     return format_row(row).rstrip("\n").encode()
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def spoil(changes):

@@ -16,23 +16,15 @@ import pytest
 import torch
 from broken import kill_at_write, kill_before, ours, wait_at_step
 from faults import beside
-from nursery import ALONE, ROOT, Nursery
+from nursery import ALONE, ROOT
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tiny import build_flags, hash_files, invent_talks, write_chats, write_config
+from tiny import build_flags, hash_results, invent_talks, write_chats, write_config
 
 from firstwords.checkpoint import is_complete, list_checkpoints, verify
 
 NUM_STEPS = 40  # of a run that is killed again and again
 LINE = re.compile(r"step (\d+)/\d+  (loss .*?)  tok/s .*  left \S+")
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    assert nursery.threads == 1, "what is forked has started threads"
-    yield nursery
-    nursery.close()
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +40,6 @@ def build(tmp_path_factory):
         )
 
     return build
-
-
-def strip(hashes):
-    """Leave out the logs, which know when they were written."""
-    return {name: h for name, h in hashes.items() if name != "train.log" and not name.startswith("runs/")}
 
 
 def is_good(folder):
@@ -121,7 +108,7 @@ def check_random_kills(nursery, build, folder, implementation, lanes, seed):
     begin = time.monotonic()
     assert nursery.run(build(folder / "whole", max_steps=NUM_STEPS), implementation) == (0, "")
     seconds = (time.monotonic() - begin) / 2
-    expected = strip(hash_files(folder / "whole"))
+    expected = hash_results(folder / "whole")
 
     def kill_in(lane):
         """Kill the runs of one line, until as many kills as asked for have hit."""
@@ -143,7 +130,7 @@ def check_random_kills(nursery, build, folder, implementation, lanes, seed):
                 for checkpoint in list_checkpoints(run):
                     verify(checkpoint)
             assert nursery.run(words, implementation)[0] == 0, "it needs a human"
-            assert strip(hash_files(run)) == expected
+            assert hash_results(run) == expected
             check_log(run)
         return kills
 
@@ -249,7 +236,7 @@ def test_a_kill_before_the_model_is_published(nursery, build, tmp_path, implemen
         assert code == 78
         assert "has not reached its end" in errors
         assert nursery.run(words, implementation) == (0, "")
-        assert strip(hash_files(run)) == strip(hash_files(tmp_path / "whole"))
+        assert hash_results(run) == hash_results(tmp_path / "whole")
 
 
 def arm_at_the_end(module, name):

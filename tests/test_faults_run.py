@@ -10,7 +10,7 @@ import transformers
 from broken import train_by_stock
 from faults import beside
 from safetensors.torch import load_file
-from tiny import build_flags, hash_files, invent_talks, run_script, write_chats, write_config
+from tiny import build_flags, hash_files, hash_results, invent_talks, run_script, write_chats, write_config
 
 import train
 from firstwords import resume
@@ -56,10 +56,6 @@ def home(tmp_path_factory):
 def words(home, run, **flags):
     quick = {"max_steps": 8, "save_steps": 2, "log_steps": 1}
     return build_flags(flags.pop("data_dir", home / "data"), run, home / "c.json", **quick | flags)
-
-
-def strip(hashes):
-    return {name: h for name, h in hashes.items() if name != "train.log" and not name.startswith("runs/")}
 
 
 @beside(train, LastStepsAgain())
@@ -127,7 +123,7 @@ def test_a_rollback_leaves_the_batch_out_and_is_gone_on_with(home, tmp_path, mon
     for name in ("checkpoint-6",):
         shutil.copytree(run / name, again / name)
     assert run_script(implementation, words(home, again, on_nan="rollback")) == (0, "")
-    whole, ours = strip(hash_files(run)), strip(hash_files(again))
+    whole, ours = hash_results(run), hash_results(again)
     assert {n: h for n, h in ours.items() if n != "bad-batch-6.json"} == {
         n: h for n, h in whole.items() if n != "bad-batch-6.json"
     }
@@ -149,7 +145,7 @@ def test_out_of_memory_ends_with_advice(home, tmp_path, monkeypatch, implementat
     assert list_checkpoints(run)[0].name == "checkpoint-4"
     monkeypatch.undo()
     assert run_script(implementation, words(home, run)) == (0, "")
-    assert strip(hash_files(run)) == strip(hash_files(home / "done"))
+    assert hash_results(run) == hash_results(home / "done")
 
 
 def go_on(implementation, home, tmp_path, **flags):

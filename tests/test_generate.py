@@ -26,15 +26,6 @@ from firstwords.generate import (
 VOCAB, POSITIONS = 97, 64
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    # Two threads on tiny products wait for one another: 7 times slower on 2 busy cores.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(
     scope="module",
     params=[

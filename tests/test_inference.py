@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_repl import Scripted
-from transformers import GPT2Config, GPT2LMHeadModel
+from tiny import BYTES, build_babbler
 
 import inference
 from firstwords.checkpoint import write_manifest
@@ -21,7 +21,6 @@ from firstwords.quantize import has_fbgemm
 from firstwords.schema import mask_control
 from firstwords.session import load_session
 from firstwords.template import CHAT_TEMPLATE
-from firstwords.tokenizer import BYTE_LEVEL, Tokenizer
 
 ROOT = Path(inference.__file__).parent
 
@@ -62,20 +61,8 @@ def model_dir(tmp_path_factory):
     run = tmp_path_factory.mktemp("runs") / "chat"
     folder = run / "checkpoint-20"
     folder.mkdir(parents=True)
-    tokenizer = Tokenizer(BYTE_LEVEL, [bytes([value]) for value in range(256)])
-    torch.manual_seed(0)
-    config = GPT2Config(
-        vocab_size=tokenizer.vocab_size_padded,
-        bos_token_id=tokenizer.endoftext_id,
-        eos_token_id=tokenizer.end_id,
-        n_embd=16,
-        n_layer=1,
-        n_head=1,
-        n_positions=128,
-        initializer_range=0.5,
-    )
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    tokenizer.save(folder, chat_template=CHAT_TEMPLATE)
+    build_babbler(initializer_range=0.5).save_pretrained(folder)
+    BYTES.save(folder, chat_template=CHAT_TEMPLATE)
     write_manifest(folder, {"step": 20, "longest_row": 100})
     return run
 

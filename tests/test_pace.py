@@ -3,14 +3,16 @@
 from types import SimpleNamespace
 
 import pytest
-from tiny import build_flags, hash_files, invent_talks, run_script, write_chats, write_config
+from tiny import build_flags, hash_files, hash_results, invent_talks, run_script, write_chats, write_config
 
 import train
-from firstwords import checkpoint, monitor, pace
+from firstwords import checkpoint, pace
 from firstwords.checkpoint import is_complete, list_checkpoints, read_manifest
 from firstwords.errors import IOFailed
 from firstwords.pace import HORIZON, Cooldown, Pace
 from firstwords.trainer import StopOnSignal
+
+pytestmark = pytest.mark.usefixtures("no_matmul")
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +21,6 @@ def home(tmp_path_factory):
     write_config(home / "c.json", resid_pdrop=0.1)
     write_chats(home / "chats", invent_talks(20))
     return home
-
-
-@pytest.fixture(autouse=True)
-def no_matmul(monkeypatch):
-    """Leave out what each run begins with: 0.3 seconds of measuring the machine."""
-    monkeypatch.setattr(monitor, "measure_matmul_rate", lambda device, bf16: 1e9)
 
 
 def go(home, run, **flags):
@@ -50,10 +46,6 @@ def read_rates(run):
     return [float(line.split("  lr ")[1].split()[0]) for line in lines]
 
 
-def strip(hashes):
-    return {name: h for name, h in hashes.items() if name != "train.log" and not name.startswith("runs/")}
-
-
 # --- STOP
 
 
@@ -66,7 +58,7 @@ def test_the_file_stop_saves_and_ends_with_75(home, tmp_path, monkeypatch):
     assert not (run / "STOP").exists()
     monkeypatch.undo()
     assert go(home, run, max_steps=6) == (0, "")
-    assert strip(hash_files(run)) == strip(hash_files(tmp_path / "whole"))
+    assert hash_results(run) == hash_results(tmp_path / "whole")
 
 
 def test_a_file_in_the_last_step_is_cleared_away(home, tmp_path, monkeypatch):
@@ -105,7 +97,7 @@ def test_a_cooldown_goes_on_after_a_stop_bit_for_bit(home, tmp_path, monkeypatch
     assert go(home, run, **flags)[0] == 75
     monkeypatch.undo()
     assert go(home, run, **flags) == (0, "")
-    ours, theirs = strip(hash_files(run)), strip(hash_files(tmp_path / "whole"))
+    ours, theirs = hash_results(run), hash_results(tmp_path / "whole")
     names = [name for name in theirs if "/" not in name or name.startswith("checkpoint-9")]
     assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
     assert read_rates(run) == read_rates(tmp_path / "whole")
@@ -216,7 +208,7 @@ def test_hours_of_earlier_lives_count_and_the_time_between_does_not(home, tmp_pa
     assert read_manifest(list_checkpoints(run)[0])["hours_spent"] == 0.4
     assert go(home, run, **HOURS) == (0, "")
     assert read_rates(run) == read_rates(tmp_path / "whole")
-    ours, theirs = strip(hash_files(run)), strip(hash_files(tmp_path / "whole"))
+    ours, theirs = hash_results(run), hash_results(tmp_path / "whole")
     assert ours["model.safetensors"] == theirs["model.safetensors"]
     before = hash_files(run)
     assert go(home, run, **HOURS) == (0, "")

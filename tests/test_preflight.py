@@ -11,7 +11,7 @@ from tiny import build_flags, hash_files, invent_talks, run_script, write_chats,
 from transformers import GPT2Config, TrainerCallback
 
 import train
-from firstwords import fit, monitor, opening, preflight
+from firstwords import fit, opening, preflight
 from firstwords.args import TrainFlags
 from firstwords.checkpoint import list_checkpoints, read_manifest, verify
 from firstwords.errors import OutOfMemory
@@ -24,6 +24,9 @@ from firstwords.trainer import RunTrainer, StopOnSignal
 GB = 10**9
 
 
+pytestmark = pytest.mark.usefixtures("no_matmul")
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
     home = tmp_path_factory.mktemp("home")
@@ -31,12 +34,6 @@ def home(tmp_path_factory):
     write_chats(home / "chats", invent_talks(30))
     write_store(home / "store", ["tea and birds " * 30] * 5, ["birds and tea " * 9])
     return home
-
-
-@pytest.fixture(autouse=True)
-def no_matmul(monkeypatch):
-    """Leave out what each run begins with: 0.3 seconds of measuring the machine."""
-    monkeypatch.setattr(monitor, "measure_matmul_rate", lambda device, bf16: 1e9)
 
 
 def go(home, run, **flags):

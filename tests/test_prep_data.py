@@ -6,6 +6,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+from rows import read_jsonl, write_jsonl
 
 import prep_data
 from firstwords import pydocs, show
@@ -18,15 +19,6 @@ from firstwords.tokenizer import CONTROL_TOKENS, Tokenizer, load_tokenizer, trai
 ROWS = [{"question": f"What is {n} plus {n}?", "answer": f"It is {2 * n}."} for n in range(40)]
 FILES = {"train.jsonl", "val.jsonl", "train_tokenized.jsonl", "val_tokenized.jsonl", "tokenizer.json",
          "tokenizer_config.json", "chat_template.jinja", "data_report.json", "data_report.html"}  # fmt: skip
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")

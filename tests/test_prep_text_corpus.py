@@ -8,6 +8,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from rows import write_texts
 
 import prep_text_corpus
 from firstwords import corpus as corpus_module
@@ -17,11 +18,6 @@ from firstwords.sources import readers, streams
 from firstwords.tokenizer import Tokenizer, load_tokenizer
 
 TEXTS = [f"Document {n}: the quick brown fox jumps over {n} lazy dogs. Café!\n" for n in range(60)]
-
-
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
-    return path
 
 
 def run(dataset, out_dir, *flags, tokenizer="bpe:300"):
@@ -46,7 +42,7 @@ def strip_ends(texts):
 
 @pytest.fixture
 def corpus(tmp_path):
-    return write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    return write_texts(tmp_path / "texts.jsonl", TEXTS)
 
 
 # --- what is written
@@ -91,7 +87,7 @@ def test_two_runs_give_the_same_bytes(corpus, tmp_path):
 
 
 def test_split_is_seeded_and_equal_documents_stay_together(tmp_path):
-    corpus = write_jsonl(tmp_path / "texts.jsonl", [text for text in TEXTS for _ in range(3)])
+    corpus = write_texts(tmp_path / "texts.jsonl", [text for text in TEXTS for _ in range(3)])
     drawn = []
     for seed in ("0", "1"):
         out_dir = tmp_path / seed
@@ -147,7 +143,7 @@ def test_split_docs(tmp_path):
 
 
 def test_empty_documents_are_counted_and_dropped(tmp_path):
-    corpus = write_jsonl(tmp_path / "texts.jsonl", ["one", "", " \n", "two"])
+    corpus = write_texts(tmp_path / "texts.jsonl", ["one", "", " \n", "two"])
     report = run(corpus, tmp_path / "out")
     assert report["documents"] == {
         "read": 4, "kept": 2, "empty": 2, "rejected": {}, "duplicates": 0, "repeated": 0
@@ -159,7 +155,7 @@ def test_empty_documents_are_counted_and_dropped(tmp_path):
 @pytest.mark.parametrize("tokenizer", ["bpe:300", "char"])
 def test_text_that_spells_control_tokens_stays_text(tmp_path, tokenizer):
     texts = [f"{n} <|endoftext|><|end|> <|assistant|>\n<|pad|><|user|><|system|>" for n in range(4)]
-    corpus = write_jsonl(tmp_path / "texts.jsonl", texts)
+    corpus = write_texts(tmp_path / "texts.jsonl", texts)
     run(corpus, tmp_path / "out", tokenizer=tokenizer)
     control = load_tokenizer(tmp_path / "out").control_ids
     tokens = np.concatenate([np.fromfile(tmp_path / "out" / f"{s}.bin", "<u2") for s in ("train", "val")])
@@ -225,7 +221,7 @@ def test_hub_set_is_downloaded_once(tmp_path, monkeypatch):
 
 
 def test_bad_documents_refuse_the_corpus_and_are_listed(tmp_path, capsys):
-    corpus = write_jsonl(tmp_path / "texts.jsonl", TEXTS)
+    corpus = write_texts(tmp_path / "texts.jsonl", TEXTS)
     with open(corpus, "ab") as file:
         file.write(b'{"text": 5}\n{"text": "x\n')
     with pytest.raises(BadData, match="2 of 62 documents are bad, .*rejects.jsonl; .*--skip_bad"):
@@ -251,7 +247,7 @@ def test_set_without_text_is_bad_data(tmp_path, name):
 
 
 def test_equal_documents_alone_are_bad_data(tmp_path):
-    corpus = write_jsonl(tmp_path / "texts.jsonl", ["same", "same"])
+    corpus = write_texts(tmp_path / "texts.jsonl", ["same", "same"])
     with pytest.raises(BadData, match="all equal"):
         run(corpus, tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -306,7 +302,7 @@ def test_corpus_that_changes_while_it_is_read(corpus, tmp_path, monkeypatch):
     check = prep_text_corpus.check_survey
 
     def check_then_change(*args):
-        write_jsonl(corpus, TEXTS[:-1])
+        write_texts(corpus, TEXTS[:-1])
         return check(*args)
 
     monkeypatch.setattr(prep_text_corpus, "check_survey", check_then_change)
@@ -329,7 +325,7 @@ def test_another_command_is_refused_unless_told_to_overwrite(corpus, tmp_path):
     first = run(corpus, tmp_path / "out")
     with pytest.raises(CannotCreate, match="--seed 0, not 1"):
         run(corpus, tmp_path / "out", "--seed", "1")
-    write_jsonl(corpus, TEXTS[1:])
+    write_texts(corpus, TEXTS[1:])
     with pytest.raises(CannotCreate, match="other sources"):
         run(corpus, tmp_path / "out")
     second = run(corpus, tmp_path / "out", "--overwrite")

@@ -1,26 +1,21 @@
 """Weights in fewer bytes: near the fp32 ones, measured, and refused where the machine cannot."""
 
+from functools import partial
+
 import pytest
 import torch
+from tiny import BYTES, build_babbler
 from torch.nn.functional import linear
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from firstwords import quantize
 from firstwords.errors import BadFlag
 from firstwords.generate import Decoder, stream_ids
 from firstwords.quantize import check_dtype, pack_fp16, pack_int8, replace_matrices, store_weights
-from firstwords.tokenizer import BYTE_LEVEL, Tokenizer
 
-BYTES = Tokenizer(BYTE_LEVEL, [bytes([value]) for value in range(256)])
 fbgemm = pytest.mark.skipif(not quantize.has_fbgemm(), reason="torch has no FBGEMM on this CPU")
 
 
-def build_model(**options):
-    torch.manual_seed(0)
-    shape = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "initializer_range": 0.2}
-    shape |= {"vocab_size": BYTES.vocab_size_padded, "bos_token_id": 0, "eos_token_id": 0, **options}
-    config = GPT2Config(**shape)
-    return GPT2LMHeadModel(config).eval()
+build_model = partial(build_babbler, n_embd=64, n_layer=2, initializer_range=0.2)
 
 
 @fbgemm
@@ -68,7 +63,7 @@ def test_a_spoilt_matrix_shows_in_the_cost(monkeypatch):
 
 @fbgemm
 def test_a_model_of_characters_can_be_asked(char_tokenizer):
-    model = build_model(vocab_size=char_tokenizer.vocab_size_padded)
+    model = build_model(char_tokenizer)
     assert store_weights(model, "int8", char_tokenizer).tokens > 8
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from broken import signal_in
-from nursery import ALONE, ROOT, Nursery
+from nursery import ALONE, ROOT
 from safetensors.torch import load_file
 from team import (
     fsdp_on_cpu,
@@ -43,13 +43,6 @@ from firstwords.trainer import share_micro_batches
 
 TERM = str(int(signal.SIGTERM))
 ROWS_PER_STEP = 8
-
-
-@pytest.fixture(scope="module")
-def nursery(tmp_path_factory):
-    nursery = Nursery(tmp_path_factory.mktemp("nursery"))
-    yield nursery
-    nursery.close()
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,8 @@ import random
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tiny import BYTES, build_babbler, build_config
+from transformers import GPT2LMHeadModel
 
 from firstwords import checkpoint as checkpoint_module
 from firstwords import session as session_module
@@ -15,42 +16,16 @@ from firstwords.generate import Sampling
 from firstwords.schema import Message
 from firstwords.session import ChatSession, Follower, ask_each, ask_many, load_session
 from firstwords.template import CHAT_TEMPLATE, encode_prompt
-from firstwords.tokenizer import BYTE_LEVEL, CONTROL_TOKENS, Tokenizer, load_tokenizer, train_bpe
+from firstwords.tokenizer import CONTROL_TOKENS, load_tokenizer, train_bpe
 
-BYTES = Tokenizer(BYTE_LEVEL, [bytes([value]) for value in range(256)])
 NAN = "NaN"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def build_config(tokenizer=BYTES, **shape):
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 128, **shape}
-    return GPT2Config(
-        vocab_size=tokenizer.vocab_size_padded,
-        bos_token_id=tokenizer.endoftext_id,
-        eos_token_id=tokenizer.end_id,
-        pad_token_id=tokenizer.pad_id,
-        initializer_range=0.3,
-        **sizes,
-    )
-
-
-def build_model(tokenizer=BYTES, **shape):
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(build_config(tokenizer, **shape)).eval()
 
 
 class Scripted(GPT2LMHeadModel):
     """Says the scripted ids whatever it reads, and notes the prompts. `NAN` gives NaN logits."""
 
     def __init__(self, *replies, positions=4096):
-        super().__init__(build_config(n_embd=4, n_layer=1, n_positions=positions))
+        super().__init__(build_config(n_embd=4, n_positions=positions))
         self.eval()
         self.script = iter([token_id for reply in replies for token_id in reply])
         self.prompts = []
@@ -368,7 +343,7 @@ def test_nan_leaves_the_history_as_it_was():
 
 
 def test_ask_many_equals_asking_one_by_one():
-    model, chance = build_model(n_layer=1), random.Random(3)
+    model, chance = build_babbler(), random.Random(3)
     talks = [
         ["".join(chance.choices("abcde ?", k=chance.randint(1, 30))) + "!" for _ in range(3)]
         for _ in range(12)
@@ -402,7 +377,7 @@ def test_ask_many_asks_nothing_when_one_text_is_refused():
 
 def save_model(folder, **manifest):
     folder.mkdir(parents=True)
-    model = build_model()
+    model = build_babbler(n_layer=2)
     model.save_pretrained(folder)
     BYTES.save(folder, chat_template=CHAT_TEMPLATE)
     write_manifest(folder, manifest)
@@ -441,7 +416,7 @@ def test_load_session_refuses_what_is_not_there_or_does_not_fit(tmp_path):
 
 
 def test_ask_each_begins_anew_with_every_text_and_goes_on_after_a_refused_one():
-    model = build_model(n_layer=1)
+    model = build_babbler()
     session = ChatSession(model, BYTES, context=80, system="s")
     session.ask("before")
     texts = ["one", "", "two?", "x" * 90, "three", "one"]
@@ -458,7 +433,7 @@ def test_ask_each_begins_anew_with_every_text_and_goes_on_after_a_refused_one():
 
 
 def test_explain_gives_each_token_of_the_reply_with_others():
-    model = build_model()
+    model = build_babbler(n_layer=2)
     session = ChatSession(model, BYTES, context=100, sampling=Sampling(max_new_tokens=6))
     assert session.explain(2) == []
     session.ask("Hi")

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 
 import pytest
+from rows import write_jsonl
 
 from firstwords.errors import BadData, BadFlag, MissingInput
 from firstwords.schema import Message, RowError
@@ -25,11 +26,6 @@ from firstwords.tokenizer import train_bpe
 USER, REPLY = Message("user", "Hi"), Message("assistant", "Hello")
 HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
 TURNS = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 def rows_of(path, **wishes):
@@ -94,7 +90,7 @@ def test_a_kind_that_cannot_be_read(tmp_path):
 
 
 def test_split_and_config_must_have_a_meaning(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"a": 1}])
+    path = str(write_jsonl(tmp_path / "a.jsonl", [{"a": 1}]))
     with pytest.raises(BadFlag, match="--split: 'test', but .* is one file"):
         read_rows(path, split="test")
     with pytest.raises(BadFlag, match="--dataset_config: 'en'"):
@@ -299,7 +295,7 @@ def test_unreachable_hub_is_missing_input(monkeypatch):
 
 
 def test_sample_is_exact_seeded_and_spread(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"n": n} for n in range(1000)])
+    path = str(write_jsonl(tmp_path / "a.jsonl", [{"n": n} for n in range(1000)]))
 
     def draw(**wish):
         return [row["n"] for row in rows_of(path, sample=Sample(**wish))]
@@ -392,7 +388,7 @@ def test_text_column_is_guessed(tmp_path, row, text):
 
 
 def test_text_column_that_cannot_be_guessed_lists_the_columns(tmp_path):
-    path = write_jsonl(tmp_path / "a.jsonl", [{"title": "a", "summary": "b", "n": 1}])
+    path = str(write_jsonl(tmp_path / "a.jsonl", [{"title": "a", "summary": "b", "n": 1}]))
     with pytest.raises(BadFlag, match="a.jsonl:1, whose columns are 'title', 'summary', 'n'"):
         texts_of(path)
     assert texts_of(path, text_column="summary") == ["b"]
@@ -400,7 +396,7 @@ def test_text_column_that_cannot_be_guessed_lists_the_columns(tmp_path):
 
 def test_rows_without_a_text_are_refused_one_by_one(tmp_path):
     rows = [{"text": "ok"}, {"other": "x"}, {"text": None}, {"text": 5}, {"text": "a\0"}, {"text": "\ud800"}]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows))
     found = [getattr(d.pieces, "reason", "") for d in read_texts(path)]
     assert found == ["", "missing_key", "bad_content", "bad_content", "nul", "surrogate"]
 

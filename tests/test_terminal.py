@@ -1,23 +1,11 @@
 """The prompt of a terminal, on a pseudo terminal: editing, history, the meter, colours, Ctrl-C."""
 
-import fcntl
-import os
-import pty
 import re
-import select
-import signal
 import stat
-import subprocess
-import sys
-import termios
-import time
-from pathlib import Path
 
 import pytest
+from typed import PROMPT_READY, Terminal
 
-from firstwords import terminal as terminal_module
-
-ROOT = Path(terminal_module.__file__).parent.parent
 # The script's own chat with a session that talks for a minute, or says what it was asked.
 TALKER = """
 import sys, time
@@ -66,61 +54,6 @@ def chat(argv):
 
 run_main(chat)
 """
-PROMPT_READY = b"\x1b[?2004h"  # prompt_toolkit turns bracketed paste on when it begins to read
-
-
-def take_terminal():
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a test run in the background ignores it
-
-
-class Terminal:
-    """A program on a pseudo terminal of its own, so that 0x03 typed there is a real Ctrl-C."""
-
-    def __init__(self, *flags, **environment):
-        self.master, slave = pty.openpty()
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", TALKER, *flags],
-            cwd=ROOT,
-            stdin=slave,
-            stdout=slave,
-            stderr=slave,
-            env={**os.environ, "TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1", **environment},
-            start_new_session=True,
-            preexec_fn=take_terminal,
-        )
-        os.close(slave)
-        self.seen = b""
-
-    def type(self, text):
-        os.write(self.master, text.encode() if isinstance(text, str) else text)
-
-    def answer(self, text):
-        """Type a line, and return what stands between it and the next prompt."""
-        self.type(text)
-        return self.wait_for(PROMPT_READY)[0]
-
-    def wait_for(self, mark, seconds=20.0):
-        """Read up to and including `mark`; return what came before, and the seconds it took."""
-        start = time.monotonic()
-        while mark not in self.seen:
-            left = start + seconds - time.monotonic()
-            assert left > 0, f"no {mark!r} in {self.seen[-300:]!r}"
-            if select.select([self.master], [], [], left)[0]:
-                self.seen += os.read(self.master, 65536)
-        before, _, self.seen = self.seen.partition(mark)
-        return before, time.monotonic() - start
-
-    def end(self):
-        """Return the exit code of a program that ends by itself."""
-        deadline = time.monotonic() + 20
-        while self.process.poll() is None and time.monotonic() < deadline:
-            if select.select([self.master], [], [], 0.05)[0]:
-                try:
-                    self.seen += os.read(self.master, 65536)
-                except OSError:  # the other side is closed
-                    break
-        return self.process.wait(5)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +63,7 @@ def start(tmp_path_factory):
     state = tmp_path_factory.mktemp("state")
 
     def start(*flags, **environment):
-        terminal = Terminal(*flags, **{"XDG_STATE_HOME": str(state), **environment})
+        terminal = Terminal("-c", TALKER, *flags, **{"XDG_STATE_HOME": str(state), **environment})
         opened.append(terminal)
         terminal.greeting, _ = terminal.wait_for(PROMPT_READY)
         return terminal
@@ -138,10 +71,7 @@ def start(tmp_path_factory):
     start.state = state
     yield start
     for terminal in opened:
-        if terminal.process.poll() is None:
-            terminal.process.send_signal(signal.SIGKILL)
-            terminal.process.wait()
-        os.close(terminal.master)
+        terminal.close()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from tiny import (
     SHAPE,
     build_flags,
     hash_files,
+    hash_results,
     invent_talks,
     run_script,
     talk,
@@ -229,11 +230,6 @@ def used(done, tmp_path):
     return tmp_path / "used"
 
 
-def strip(hashes):
-    """Leave out the logs, which know when they were written."""
-    return {n: h for n, h in hashes.items() if n != "train.log" and not n.startswith("runs/")}
-
-
 def test_the_manifest_of_a_run(home, done):
     manifest = read_manifest(done)
     assert (manifest["step"], manifest["max_steps"], manifest["parent"]) == (6, 6, None)
@@ -255,7 +251,7 @@ def test_a_finished_run_started_again_does_nothing(home, done, capsys):
 
 def test_a_used_run_goes_on_to_the_same_end(home, done, used):
     assert go(home, used, save_steps=4) == (0, "")
-    assert strip(hash_files(used)) == strip(hash_files(done))
+    assert hash_results(used) == hash_results(done)
     assert f"going on from {used / 'checkpoint-4'}" in (used / "train.log").read_text()
 
 
@@ -331,7 +327,7 @@ def test_a_run_killed_before_it_was_published_is_published(home, done, tmp_path)
     for name in ("checkpoint-4", "checkpoint-6"):
         shutil.copytree(done / name, tmp_path / "run" / name)
     assert go(home, tmp_path / "run", save_steps=4) == (0, "")
-    assert strip(hash_files(tmp_path / "run")) == strip(hash_files(done))
+    assert hash_results(tmp_path / "run") == hash_results(done)
 
 
 def test_a_torn_newest_checkpoint_gives_way_and_is_set_aside(home, done, tmp_path):
@@ -343,10 +339,10 @@ def test_a_torn_newest_checkpoint_gives_way_and_is_set_aside(home, done, tmp_pat
     code, errors = go(home, run, save_steps=4)
     assert code == 0
     assert errors.startswith(f"passed over: {torn}: is not the file that was written")
-    found = strip(hash_files(run))
+    found = hash_results(run)
     aside = {name for name in found if name.startswith("checkpoint-6.corrupt/")}
     assert f"{torn.parent.name}.corrupt/optimizer.pt" in aside
-    assert {name: found[name] for name in found.keys() - aside} == strip(hash_files(done))
+    assert {name: found[name] for name in found.keys() - aside} == hash_results(done)
 
 
 def test_when_no_checkpoint_is_whole_the_run_does_not_begin_anew(home, used):
@@ -410,7 +406,7 @@ def test_a_signal_in_the_last_step_lets_the_run_finish(home, done, tmp_path, mon
 
     monkeypatch.setattr(StopOnSignal, "on_step_begin", on_step_begin)
     assert go(home, tmp_path / "run", save_steps=4) == (0, "")
-    assert strip(hash_files(tmp_path / "run")) == strip(hash_files(done))
+    assert hash_results(tmp_path / "run") == hash_results(done)
 
 
 def test_epochs_instead_of_steps(home, tmp_path):

@@ -7,6 +7,9 @@ import json
 import random
 import signal
 
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
 from firstwords.args import TrainFlags, run_main
 from firstwords.dataset import collate, open_train, open_val
 from firstwords.model import build_model
@@ -50,6 +53,23 @@ def write_config(path, **shape):
     """Write a model configuration and return its path."""
     path.write_text(json.dumps({**SHAPE, **shape}), encoding="utf-8")
     return path
+
+
+def build_config(tokenizer=BYTES, **shape):
+    """Return the configuration of a model for this tokenizer, its weights large enough to matter."""
+    return GPT2Config(
+        vocab_size=tokenizer.vocab_size_padded,
+        bos_token_id=tokenizer.endoftext_id,
+        eos_token_id=tokenizer.end_id,
+        pad_token_id=tokenizer.pad_id,
+        **{"initializer_range": 0.3, **SHAPE, **shape},
+    )
+
+
+def build_babbler(tokenizer=BYTES, **shape):
+    """Return a model of random weights, in evaluation mode; it says something else to each prompt."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(build_config(tokenizer, **shape)).eval()
 
 
 def write_chats(folder, train, val=None, *, encode=encode_chat, tokenizer=BYTES):
@@ -135,6 +155,18 @@ def run_script(script, words):
         for number, handler in handlers.items():
             signal.signal(number, handler)
     return code, errors.getvalue()
+
+
+def hash_results(run):
+    """Return the hashes of what a run made, but for the logs, which know when they were written."""
+    hashes = hash_files(run)
+    return {name: h for name, h in hashes.items() if name != "train.log" and not name.startswith("runs/")}
+
+
+def hash_weights(run, last_step):
+    """Return the hashes of the finished model and of its last checkpoint."""
+    kept = (f"checkpoint-{last_step}", "model")
+    return {name: h for name, h in hash_files(run).items() if name.startswith(kept)}
 
 
 def hash_files(folder):
