@@ -141,8 +141,9 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
 def describe_run(flags: TrainFlags, extra: dict, origins: dict[str, str], ranks: Ranks) -> None:
     """Print `--explain`, `--preflight` or both; nothing is trained but by a probe, nothing is left behind."""
     from firstwords import checkpoint, opening, preflight, resume
-    from firstwords.explain import explain
+    from firstwords.explain import explain, mark_choices
 
+    origins = mark_choices(flags, origins)
     opened = opening.open_run(flags, extra, ranks, say)
     meta = resume.build_meta(flags, extra, opened)
     if flags.explain:

@@ -74,7 +74,8 @@ WORDS = {
 ORIGINS = {
     "flag": "from the command line",
     "recipe": "from the recipe",
-    "choice": "chosen for --batch_tokens",
+    "tokens": "chosen for --batch_tokens",
+    "auto": "chosen by auto",
     "default": "default",
 }
 
@@ -87,23 +88,32 @@ def explain(
     Args:
         flags: of the run.
         extra: fields of `TrainingArguments` beside them.
-        origins: name of a flag -> `flag` or `recipe`; the others are defaults, or chosen here.
+        origins: name of a flag -> a key of `ORIGINS`; the others are defaults, or not given.
         opened: what the run is made of.
         meta: of the run.
     """
-    if flags.batch_tokens is not None:
-        origins = origins | dict.fromkeys(CHOSEN_BY_TOKENS, "choice")
     facts = vars(flags) | gather_facts(flags, opened, meta)
     lines = []
     for spec in fields(TrainFlags):
-        meaning = spec.metadata["help"]
+        value, meaning = getattr(flags, spec.name), spec.metadata["help"]
         words = WORDS[spec.name].format(**facts)
-        origin = ORIGINS[origins.get(spec.name, "default")]
-        lines.append(f"--{spec.name} {getattr(flags, spec.name)}  ({origin})  {meaning}")
+        if value in (None, ""):
+            lines.append(f"--{spec.name}  (not given)  {meaning}")
+        else:
+            origin = ORIGINS[origins.get(spec.name, "default")]
+            lines.append(f"--{spec.name} {value}  ({origin})  {meaning}")
         lines += [f"    {line}" for line in wrap(words, 96)]
     for name, value in sorted(extra.items()):
         lines.append(f"--{name} {value}  (given)  a field of transformers.TrainingArguments, explained there")
     return lines
+
+
+def mark_choices(flags: TrainFlags, origins: dict[str, str]) -> dict[str, str]:
+    """Return the origins, with what is going to be chosen for this machine: asked before it is."""
+    chosen = {"device": "auto"} if flags.device == "auto" else {}
+    if flags.batch_tokens is not None:
+        chosen |= dict.fromkeys(CHOSEN_BY_TOKENS, "tokens")
+    return origins | chosen
 
 
 def gather_facts(flags: TrainFlags, opened: Opened, meta: RunMeta) -> dict:

@@ -1,5 +1,6 @@
 """--explain: every flag in plain words, with its value and where it comes from."""
 
+import re
 from dataclasses import fields
 
 import pytest
@@ -53,6 +54,18 @@ def test_a_flag_beats_the_recipe_in_its_origin_too(tmp_path):
     (tmp_path / "r.yaml").write_text("lr: 0.5\nbf16: true\nseed: 3\n")
     origins = find_origins(["--recipe", str(tmp_path / "r.yaml"), "--seed", "4", "--adam_beta2", "0.9"])
     assert origins == {"recipe": "flag", "lr": "recipe", "bf16": "recipe", "seed": "flag"}
+
+
+def test_what_nobody_said_is_not_given_and_a_device_that_was_found_is_chosen(tmp_path, capsys):
+    cfg = write_config(tmp_path / "c.json")
+    data = write_chats(tmp_path / "chats", invent_talks(20))
+    assert run_script(train, build_flags(data, tmp_path / "run", cfg, device="auto", explain=True)) == (0, "")
+    page = capsys.readouterr().out
+    assert re.search(r"^--device (cpu|cuda|mps)  \(chosen by auto\)  ", page, re.M)
+    assert "--hours  (not given)  hours of training" in page
+    assert "--report_to  (not given)  wandb" in page
+    assert "--warmup_steps 0.02  (default)" in page
+    assert "None" not in page
 
 
 def test_what_batch_tokens_chooses_is_no_default(tmp_path, capsys):
