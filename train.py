@@ -115,7 +115,7 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
         return
     if ranks.is_first:
         preflight.check_disk(flags.model_dir, **preflight.count_saves(flags, opened))
-    forecast = preflight.build_forecast(flags, opened, meta, first_step)
+    forecast = preflight.build_forecast(flags, opened, meta, pace, first_step)
     options = {"skipped": skipped or resume.read_skipped(resumed), "pace": pace, "wish": wish}
     with preflight.tell_memory(flags, opened.room, forecast, say):
         run = opening.build_run(flags, extra, opened, meta, ranks, **options)
@@ -140,7 +140,7 @@ def train(flags: TrainFlags, extra: dict, wish: StopWish, ranks: Ranks, skipped:
 
 def describe_run(flags: TrainFlags, extra: dict, origins: dict[str, str], ranks: Ranks) -> None:
     """Print `--explain`, `--preflight` or both; nothing is trained but by a probe, nothing is left behind."""
-    from firstwords import checkpoint, opening, preflight, resume
+    from firstwords import opening, preflight, resume
     from firstwords.explain import explain, mark_choices
 
     origins = mark_choices(flags, origins)
@@ -150,9 +150,9 @@ def describe_run(flags: TrainFlags, extra: dict, origins: dict[str, str], ranks:
         for line in explain(flags, extra, origins, opened, meta):
             say(line)
     if flags.preflight:
-        done = max((each["step"] for each in checkpoint.read_manifests(flags.model_dir)), default=0)
+        pace, done = resume.read_progress(flags, opened.max_steps)
         preflight.check_disk(flags.model_dir, **preflight.count_saves(flags, opened))
-        forecast = preflight.build_forecast(flags, opened, meta, done)
+        forecast = preflight.build_forecast(flags, opened, meta, pace, done)
         with preflight.tell_memory(flags, opened.room, forecast, say):
             forecast = replace(forecast, speed=preflight.probe_run(flags, extra, opened, meta, ranks))
         say(f"{flags.model_dir}: nothing was trained; a run would take")

@@ -1,6 +1,6 @@
 """A run that is to begin -> what it will take, and a refusal now of what it could not do in the end.
 
-    forecast = build_forecast(flags, opened, meta, steps_done=0)
+    forecast = build_forecast(flags, opened, meta, pace, steps_done=0)
     format_table(forecast)          -> lines: parameters, memory, steps, time, disk, epochs
     check_disk(Path("runs/chat"), num_checkpoints=3, model_bytes=498_000_000, state_bytes=995_000_000)
 
@@ -30,7 +30,7 @@ from firstwords.loss import evaluate_loss
 from firstwords.memory import Memory, count_state_bytes
 from firstwords.model import explain_device
 from firstwords.opening import Opened, build_run
-from firstwords.pace import format_seconds
+from firstwords.pace import Pace, format_seconds
 from firstwords.ranks import Ranks
 from firstwords.signals import StopWish
 from firstwords.trainer import RunMeta, RunTrainer
@@ -61,7 +61,7 @@ class Forecast:
         setting: micro-batch, accumulation, recomputation.
         steps: optimizer steps in all; None when hours count.
         steps_done: by earlier lives of the run.
-        hours: of training, None when steps count.
+        hours: of training that are left, None when steps count.
         tokens_per_step: real tokens, padding not counted.
         tokens_per_epoch: of the training data.
         kind: of the data, `text` or `conversations`.
@@ -115,17 +115,18 @@ class Forecast:
         return (self.steps_done + self.steps_left) * self.tokens_per_step / self.tokens_per_epoch
 
 
-def build_forecast(flags: TrainFlags, opened: Opened, meta: RunMeta, steps_done: int) -> Forecast:
-    """Return what the run will take, but for the speed."""
+def build_forecast(flags: TrainFlags, opened: Opened, meta: RunMeta, pace: Pace, steps_done: int) -> Forecast:
+    """Return what the run will take, but for the speed; `pace` knows what ends it, also of a cooldown."""
     train_set, saves = opened.train_set, count_saves(flags, opened)
+    by_clock = pace.hours is not None and pace.cooldown is None
     return Forecast(
         parameters=opened.model.num_parameters(),
         memory=opened.room.predict(opened.room.setting),
         limit=opened.room.limit,
         setting=opened.room.setting,
-        steps=None if flags.hours else opened.max_steps,
+        steps=None if by_clock else pace.find_end(steps_done),
         steps_done=steps_done,
-        hours=flags.hours,
+        hours=max(0.0, pace.hours - pace.hours_spent) if by_clock else None,
         tokens_per_step=meta.tokens_per_step,
         tokens_per_epoch=train_set.rows_per_epoch * train_set.tokens_per_row,
         kind="text" if tokenstore.is_store(flags.data_dir) else "conversations",
@@ -147,7 +148,7 @@ def announce(
     say: Callable[[str], None],
 ) -> None:
     """Say before the first step what a run is, and when some are done how fast they were."""
-    for line in format_run(run, flags):
+    for line in format_run(run, flags, forecast):
         say(line)
     if resumed:
         say(f"going on from {resumed}")
@@ -160,13 +161,14 @@ def announce(
     run.add_callback(Probe(say_pace))
 
 
-def format_run(run: RunTrainer, flags: TrainFlags) -> list[str]:
+def format_run(run: RunTrainer, flags: TrainFlags, forecast: Forecast) -> list[str]:
     """Return what a run is: its size, its device, its steps and data."""
     data, arguments = run.train_dataset, run.args
     how = ", bf16" if arguments.bf16 else ""
     how += f" in {arguments.world_size} processes" if arguments.world_size > 1 else ""
-    steps = f"{arguments.max_steps} steps" if flags.hours is None else f"{flags.hours:g} hours, steps"
-    epochs = f"{len(data) / data.rows_per_epoch:.2f} epochs of " if flags.hours is None else ""
+    by_clock = forecast.steps is None
+    steps = f"{forecast.hours:.4g} hours, steps" if by_clock else f"{forecast.steps} steps"
+    epochs = "" if by_clock else f"{forecast.epochs:.2f} epochs of "
     lines = [
         f"{flags.model_dir}: {run.model.num_parameters():,} parameters on {arguments.device.type}"
         f"{explain_device(arguments.device.type)}{how}; {steps} of "
@@ -210,7 +212,7 @@ def format_short(forecast: Forecast) -> list[str]:
 def format_pace(forecast: Forecast, seconds: float, steps_left: int) -> str:
     """Return how fast the first steps of a run were, and how long the rest will take."""
     left = format_seconds(seconds * steps_left)
-    ends = f"the end is {left} away" if forecast.hours is None else f"{forecast.hours:g} hours"
+    ends = f"the end is {left} away" if forecast.hours is None else f"{forecast.hours:.4g} hours"
     return f"  speed: {1 / seconds:.3g} steps/s, {ends}, evaluations, saves and samples not counted"
 
 
@@ -238,7 +240,8 @@ def _format_memory(forecast: Forecast) -> str:
 
 def _format_steps(forecast: Forecast) -> str:
     if forecast.steps is None:
-        return f"about {forecast.steps_left:,} in {forecast.hours:g} hours"
+        before = f" after {forecast.steps_done:,}" if forecast.steps_done else ""
+        return f"about {forecast.steps_left:,} in {forecast.hours:.4g} hours{before}"
     done = f", {forecast.steps_done:,} of them done" if forecast.steps_done else ""
     return f"{forecast.steps:,}{done}"
 

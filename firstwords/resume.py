@@ -84,6 +84,15 @@ def build_pace(flags: TrainFlags, max_steps: int) -> Pace:
     return Pace(max_steps, decay_steps=flags.decay_steps, min_lr_ratio=flags.min_lr_ratio, hours=flags.hours)
 
 
+def read_progress(flags: TrainFlags, max_steps: int) -> tuple[Pace, int]:
+    """Return what ends the run, and how many steps its newest checkpoint has; nothing is verified."""
+    pace = build_pace(flags, max_steps)
+    for manifest in checkpoint.read_manifests(flags.model_dir)[:1]:
+        pace.resume(manifest)
+        return pace, manifest["step"]
+    return pace, 0
+
+
 def share_resumed(
     flags: TrainFlags, fixed: dict, pace: Pace, ranks: Ranks, warn: Callable[[str], None]
 ) -> Path | None:
@@ -120,7 +129,7 @@ def find_resumed(flags: TrainFlags, fixed: dict, pace: Pace, warn: Callable[[str
 
     Raises:
         CannotCreate: when the folder is used and `--resume no` was given.
-        Mismatch: when flags or data are not those of the run, or a finished run is asked for more steps.
+        Mismatch: when flags or data are not those of the run, or a finished run is asked for more.
         Damaged: when checkpoints are there and none is whole.
     """
     used = checkpoint.is_complete(flags.model_dir) or checkpoint.list_checkpoints(flags.model_dir)
@@ -144,8 +153,9 @@ def find_resumed(flags: TrainFlags, fixed: dict, pace: Pace, warn: Callable[[str
     compare_runs(flags, theirs, fixed["compare"])
     checkpoint.set_aside(flags.model_dir, step)
     if folder == flags.model_dir and step < end:
+        asked = f"--max_steps {end}" if flags.hours is None else f"--hours {flags.hours:g}"
         raise Mismatch(
-            f"--max_steps {end}: the run in {folder} is finished at step {step}; begin another with "
+            f"{asked}: the run in {folder} is finished at step {step}; begin another with "
             f"--init_model_dir {folder}"
         )
     return folder

@@ -1,5 +1,6 @@
 """What ends a run: steps, hours by a clock that the test turns, the files STOP and COOLDOWN."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -156,6 +157,24 @@ def test_a_cooldown_never_ends_behind_the_end_there_was(decay, step, steps):
     assert ours.find_end(step) == step + min(steps, 160 - step)
 
 
+def test_what_is_foreseen_of_a_resumed_run_ends_with_its_cooldown(home, tmp_path, monkeypatch, capsys):
+    run, flags = tmp_path / "run", {"max_steps": 99, "decay_steps": 4}
+
+    def cool_and_stop(self, args, state, control, **kwargs):
+        for step, name in ((5, "COOLDOWN"), (7, "STOP")):
+            if state.global_step == step:
+                (run / name).touch()
+
+    monkeypatch.setattr(StopOnSignal, "on_step_begin", cool_and_stop)
+    assert go(home, run, **flags)[0] == 75
+    monkeypatch.undo()
+    capsys.readouterr()
+    assert go(home, run, preflight=True, **flags) == (0, "")
+    assert "  steps       10, 8 of them done\n" in capsys.readouterr().out
+    assert go(home, run, **flags) == (0, "")
+    assert "; 10 steps of " in capsys.readouterr().out
+
+
 # --- hours
 
 
@@ -191,7 +210,7 @@ def test_hours_are_trained_and_the_schedule_ends_with_them(home, tmp_path, clock
     assert "hours_spent" not in manifest["compare"]
 
 
-def test_hours_of_earlier_lives_count_and_the_time_between_does_not(home, tmp_path, clock):
+def test_hours_of_earlier_lives_count_and_the_time_between_does_not(home, tmp_path, clock, capsys):
     assert go(home, tmp_path / "whole", **HOURS) == (0, "")
     run = tmp_path / "run"
     turn = clock.turn
@@ -205,6 +224,9 @@ def test_hours_of_earlier_lives_count_and_the_time_between_does_not(home, tmp_pa
     assert go(home, run, **HOURS)[0] == 75
     clock.turn = turn
     clock.hours += 700
+    capsys.readouterr()
+    assert go(home, run, preflight=True, **HOURS) == (0, "")
+    assert re.search(r"  steps       about [\d,]+ in 0.599 hours after 4\n", capsys.readouterr().out)
     assert read_manifest(list_checkpoints(run)[0])["hours_spent"] == 0.4
     assert go(home, run, **HOURS) == (0, "")
     assert read_rates(run) == read_rates(tmp_path / "whole")
@@ -214,6 +236,9 @@ def test_hours_of_earlier_lives_count_and_the_time_between_does_not(home, tmp_pa
     assert go(home, run, **HOURS) == (0, "")
     assert hash_files(run) == before
     assert go(home, run, **HOURS | {"hours": 2.0})[0] == 78
+    code, errors = go(home, run, **HOURS | {"hours": 2.0, "allow_change": "hours"})
+    assert (code, f"--hours 2: the run in {run} is finished at step 10" in errors) == (78, True), errors
+    assert hash_files(run) == before
 
 
 def test_a_cooldown_within_hours_goes_by_steps(home, tmp_path, clock):
