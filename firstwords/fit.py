@@ -56,6 +56,14 @@ class Limit:
     whose: str
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What would fit, in words, and the flags of the run that are others then."""
+
+    text: str
+    changes: tuple[str, ...] = ()
+
+
 class Room:
     """The memory that a run may take, and what its settings take of it.
 
@@ -122,7 +130,8 @@ class Room:
             before = None
         setting = before or self._find_setting(rows, self.limit.num_bytes)
         if setting is None:
-            raise OutOfMemory(f"--batch_tokens {tokens}: {self._advise_shorter(rows, self.limit.num_bytes)}")
+            advice = self._advise_shorter(rows, self.limit.num_bytes)
+            raise OutOfMemory(f"--batch_tokens {tokens}: {advice.text}")
         self.setting = setting
 
     def _can_take(self, setting: Setting) -> bool:
@@ -139,31 +148,35 @@ class Room:
         if memory.total > self.limit.num_bytes:
             raise OutOfMemory(
                 f"{self.setting}: needs {describe_memory(memory)}, but {format_gb(self.limit.num_bytes)} GB "
-                f"are {self.limit.whose}; {self._advise(self.limit.num_bytes)}"
+                f"are {self.limit.whose}; {self._advise(self.limit.num_bytes).text}"
             )
 
-    def advise_less(self) -> str:
+    def advise_less(self) -> Advice:
         """Return a setting that takes clearly less than the present one, which has not fitted."""
         return self._advise(min(self.limit.num_bytes, int(0.75 * self.predict(self.setting).total)))
 
-    def _advise(self, limit: int) -> str:
+    def _advise(self, limit: int) -> Advice:
         rows = self.flags.batch_size * self.flags.grad_accum
         setting = self._find_setting(rows, limit)
         if setting is None:
             return self._advise_shorter(rows, limit)
-        return f"{setting} takes the same steps with {format_gb(self.predict(setting).total)} GB"
+        text = f"{setting} takes the same steps with {format_gb(self.predict(setting).total)} GB"
+        instead_of = () if self.flags.batch_tokens is None else ("batch_tokens",)
+        return Advice(text, (*instead_of, "batch_size", "grad_accum"))
 
-    def _advise_shorter(self, rows: int, limit: int) -> str:
+    def _advise_shorter(self, rows: int, limit: int) -> Advice:
+        by_tokens = self.flags.batch_tokens is not None
+        changes = ("batch_tokens",) if by_tokens else ("batch_size", "grad_accum")
         seq_len = self.flags.seq_len // 2
         while seq_len > 1:
             setting = self._find_setting(rows, limit, seq_len)
             if setting is not None:
-                named = setting if self.flags.batch_tokens is None else f"--batch_tokens {rows * seq_len}"
+                named = f"--batch_tokens {rows * seq_len}" if by_tokens else setting
                 too_long = f"no micro-batch of --seq_len {self.flags.seq_len} fits"
-                return f"{too_long}; {named} --seq_len {seq_len} would fit"
+                return Advice(f"{too_long}; {named} --seq_len {seq_len} would fit", (*changes, "seq_len"))
             seq_len //= 2
         least = describe_memory(self.predict(Setting(1, rows, "full")))
-        return f"not one row fits, it needs {least}; take a smaller --cfg"
+        return Advice(f"not one row fits, it needs {least}; take a smaller --cfg")
 
     def _find_setting(self, rows: int, limit: int, seq_len: int | None = None) -> Setting | None:
         return choose_setting(

@@ -413,13 +413,12 @@ def tell_memory(
             raise
         for line in format_table(forecast):
             say(line)
-        saved = ""
-        if checkpoint.list_checkpoints(flags.model_dir):
-            changed = [*([] if flags.batch_tokens is None else ["batch_tokens"]), "batch_size", "grad_accum"]
-            saved = f". What was saved is there, and is gone on from with --allow_change {','.join(changed)}"
+        advice, saved = room.advise_less(), ""
+        if advice.changes and checkpoint.list_checkpoints(flags.model_dir):
+            allowed = ",".join(advice.changes)
+            saved = f". What was saved is there, and is gone on from with --allow_change {allowed}"
         raise OutOfMemory(
-            f"{room.setting} with --seq_len {flags.seq_len}: there was no memory left; "
-            f"{room.advise_less()}{saved}"
+            f"{room.setting} with --seq_len {flags.seq_len}: there was no memory left; {advice.text}{saved}"
         ) from None
 
 

@@ -388,6 +388,29 @@ def test_memory_that_runs_out_in_a_step_leaves_the_last_checkpoint_and_the_table
     assert go(home, tmp_path / "run", save_steps=2, **smaller) == (0, "")
 
 
+def test_where_shorter_rows_would_fit_a_saved_run_goes_on_with_them(home, tmp_path, monkeypatch):
+    step = RunTrainer.training_step
+
+    def run_out(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return step(self, *args, **kwargs)
+
+    def predict(config, *, batch_size, seq_len, **rest):
+        return Memory(*[0] * (len(dataclasses.fields(Memory)) - 1), 1000 * batch_size * seq_len)
+
+    monkeypatch.setattr(RunTrainer, "training_step", run_out)
+    monkeypatch.setattr(fit, "predict_memory", predict)
+    flags = {"data_dir": home / "store", "no_assistant_only_loss": True, "save_steps": 2, "batch_size": 1}
+    code, errors = go(home, tmp_path / "run", **flags)
+    assert code == 71
+    assert "--batch_size 1 --grad_accum 1 --seq_len 32 would fit. What was saved is there" in errors
+    allowed = errors.strip().rpartition(" --allow_change ")[2]
+    assert allowed == "batch_size,grad_accum,seq_len"
+    monkeypatch.undo()
+    assert go(home, tmp_path / "run", **flags, seq_len=32, allow_change=allowed) == (0, "")
+
+
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("CUDA error: out of memory"), MemoryError()],
