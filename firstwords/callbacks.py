@@ -8,6 +8,7 @@ and over which prompts, texts and tests, is decided here. Invariant: a wish that
 before the log is opened, so that a run that is refused has written nothing.
 """
 
+from itertools import islice
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -15,11 +16,10 @@ from transformers import TrainerCallback
 from firstwords import monitor, tokenstore
 from firstwords.args import TrainFlags
 from firstwords.dataset import TokenWindows
-from firstwords.errors import BadData, Mismatch, MissingInput
-from firstwords.health import Check, read_checks
+from firstwords.errors import Mismatch, MissingInput
+from firstwords.health import Check, iter_checks, read_checks
 from firstwords.pace import KeepPace
 from firstwords.samples import build_speaker, find_beginnings
-from firstwords.schema import RowError, parse_conversation, read_jsonl
 from firstwords.tasks import HELLASWAG, Item, parse_eval_tasks, read_hellaswag
 from firstwords.tokenizer import Tokenizer, load_tokenizer
 from firstwords.trainer import LastStep, PendingLoss, RunLog, RunTrainer, StopOnSignal, Throughput
@@ -151,15 +151,4 @@ def read_prompts(flags: TrainFlags) -> list[str]:
             raise MissingInput(f"--sample_prompts {flags.sample_prompts}: is not there")
         return [line for line in flags.sample_prompts.read_text(encoding="utf-8").splitlines() if line]
     path = flags.data_dir / "val.jsonl"
-    if not path.is_file():
-        return []
-    prompts = []
-    for (number, row), _ in zip(read_jsonl(path), range(3), strict=False):
-        try:
-            if isinstance(row, RowError):
-                raise row
-            messages = parse_conversation(row)
-        except RowError as error:
-            raise BadData(f"{path}:{number}: {error}; run prep_data.py anew") from None
-        prompts += [message.content for message in messages if message.role == "user"][:1]
-    return prompts
+    return [check.prompt for check in islice(iter_checks(path), 3)] if path.is_file() else []

@@ -8,7 +8,7 @@ never stops. Invariant: the prompts are the same at every evaluation, and the re
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +36,12 @@ class Check:
     answer: str | None
 
 
-def read_checks(path: Path, count: int) -> list[Check]:
-    """Take `count` first questions, evenly over the conversations of a val split.
+def iter_checks(path: Path) -> Iterator[Check]:
+    """Yield the first question of each conversation of a val split.
 
     Raises:
         BadData: for a row that is no conversation.
     """
-    checks = []
     for number, row in read_jsonl(path):
         try:
             if isinstance(row, RowError):
@@ -52,7 +51,12 @@ def read_checks(path: Path, count: int) -> list[Check]:
             raise BadData(f"{path}:{number}: {error}; run prep_data.py anew") from None
         system = messages[0].content if messages[0].role == "system" else None
         question, answer = messages[system is not None :][:2]
-        checks.append(Check(system, question.content, answer.content))
+        yield Check(system, question.content, answer.content)
+
+
+def read_checks(path: Path, count: int) -> list[Check]:
+    """Return `count` first questions, evenly over the conversations; errors as of `iter_checks`."""
+    checks = list(iter_checks(path))
     step = max(len(checks) / count, 1)
     return [checks[int(place * step)] for place in range(min(count, len(checks)))]
 

@@ -397,7 +397,7 @@ def test_where_shorter_rows_would_fit_a_saved_run_goes_on_with_them(home, tmp_pa
         return step(self, *args, **kwargs)
 
     def predict(config, *, batch_size, seq_len, **rest):
-        return Memory(*[0] * (len(dataclasses.fields(Memory)) - 1), 1000 * batch_size * seq_len)
+        return Memory(activations=1000 * batch_size * seq_len)
 
     monkeypatch.setattr(RunTrainer, "training_step", run_out)
     monkeypatch.setattr(fit, "predict_memory", predict)
