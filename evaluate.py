@@ -126,7 +126,9 @@ class Subject:
     @property
     def context(self) -> int:
         """Tokens of the longest row that it was trained on."""
-        return self.manifest.get("longest_row") or self.model.config.n_positions
+        from firstwords.checkpoint import find_context
+
+        return find_context(self.manifest, self.model.config)
 
 
 def open_subject(args) -> Subject:
@@ -238,9 +240,12 @@ def show_timeline(args) -> None:
     for folder in folders:
         checkpoint.verify(folder)
         manifest = checkpoint.read_manifest(folder)
-        chat = manifest.get("flags", {}).get("assistant_only_loss") == "True"
-        speak = samples.build_speaker(load_tokenizer(folder), context=manifest["longest_row"], chat=chat)
         model = checkpoint.load_model(folder).to(device)
+        speak = samples.build_speaker(
+            load_tokenizer(folder),
+            context=checkpoint.find_context(manifest, model.config),
+            chat=checkpoint.is_chat(manifest),
+        )
         section = samples.format_section(
             manifest["step"], samples.draw_samples(model, [args.timeline], speak)
         )
@@ -381,8 +386,9 @@ def asks_questions(wish: str, manifest: dict) -> bool:
     """Tell whether the questions of pydocs are asked."""
     if wish != "auto":
         return wish == "pydocs"
-    is_chat = manifest.get("flags", {}).get("assistant_only_loss") == "True"
-    return is_chat and any("pydocs" in source for source in manifest.get("sources", []))
+    from firstwords.checkpoint import is_chat
+
+    return is_chat(manifest) and any("pydocs" in source for source in manifest.get("sources", []))
 
 
 def measure_answers(subject: Subject, out_dir: Path | None, seed: int) -> dict:

@@ -106,6 +106,16 @@ def _read_json(path: Path) -> dict:
     return values
 
 
+def is_chat(manifest: dict) -> bool:
+    """Tell whether assistant turns were learned, and these alone: stage B. Of no manifest nobody knows."""
+    return manifest.get("flags", {}).get("assistant_only_loss") == "True"
+
+
+def find_context(manifest: dict, config: GPT2Config) -> int:
+    """Return the tokens that a chat may use: the longest row that was trained, else all positions."""
+    return manifest.get("longest_row") or config.n_positions
+
+
 def read_step(folder: Path | None) -> int:
     """Return the optimizer step of a checkpoint, 0 of None."""
     return read_manifest(folder)["step"] if folder else 0

@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from firstwords.checkpoint import is_complete, list_checkpoints, read_manifest
+from firstwords.checkpoint import is_chat, is_complete, list_checkpoints, read_manifest
 from firstwords.errors import FirstwordsError, MissingInput, suggest
 from firstwords.prep import REPORTS
 
@@ -90,7 +90,7 @@ class Run:
     @property
     def is_chat(self) -> bool:
         """It learned assistant turns: stage B."""
-        return self.flags.get("assistant_only_loss") == "True"
+        return is_chat(self.manifest)
 
 
 def read_run(folder: Path) -> Run:

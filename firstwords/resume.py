@@ -8,7 +8,6 @@ Invariant: a run goes on with the flags, data and versions that it was begun wit
 step and what `--allow_change` names; so it ends in the same bytes as one in one piece.
 """
 
-import json
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
@@ -20,6 +19,7 @@ from firstwords.errors import CannotCreate, Mismatch, MissingInput, Stopped
 from firstwords.model import CONFIG_KEYS
 from firstwords.opening import Opened
 from firstwords.pace import COOLDOWN, Pace
+from firstwords.prep import find_report
 from firstwords.ranks import Ranks
 from firstwords.signals import STOP
 from firstwords.trainer import RunLog, RunMeta, RunTrainer, rows_per_step
@@ -44,7 +44,7 @@ def build_meta(flags: TrainFlags, extra: dict, opened: Opened) -> RunMeta:
         "longest_row": max(train_set.longest_row, parent.get("longest_row", 0)),
         "tokenizer_hash": tokenizer.hash,
         "data_dir": str(flags.data_dir),
-        "sources": read_sources(flags.data_dir),
+        "sources": find_report(flags.data_dir).get("sources", []),
         "flags": {name: str(value) for name, value in vars(flags).items() if value is not None} | extra,
         "compare": list_held(flags, extra, opened) | versions,
         "parent": {"from": flags.init_model_dir, **parent} if parent else None,
@@ -69,14 +69,6 @@ def list_held(flags: TrainFlags, extra: dict, opened: Opened) -> dict[str, str]:
         "init_weights": opened.parent.get("weights", "random"),
         **({"fsdp": "True"} if opened.room.is_sharded else {}),  # its checkpoints hold other files
     }
-
-
-def read_sources(data_dir: Path) -> list[dict]:
-    """Return what the prep script wrote about where the data come from; `[]` of foreign data."""
-    for name in ("data_report.json", "corpus.json"):
-        if (data_dir / name).is_file():
-            return json.loads((data_dir / name).read_text(encoding="utf-8")).get("sources", [])
-    return []
 
 
 def build_pace(flags: TrainFlags, max_steps: int) -> Pace:

@@ -21,7 +21,13 @@ from pathlib import Path
 import torch
 from transformers import GPT2LMHeadModel
 
-from firstwords.checkpoint import find_checkpoint, list_checkpoints, load_model, read_manifest
+from firstwords.checkpoint import (
+    find_checkpoint,
+    find_context,
+    list_checkpoints,
+    load_model,
+    read_manifest,
+)
 from firstwords.errors import BadData, Damaged, Mismatch, MissingInput
 from firstwords.generate import GREEDY, Choice, Sampling, generate_batch, rank_ids, stream_ids
 from firstwords.schema import Message, RowError, check_text
@@ -382,8 +388,7 @@ def _load_session(folder: Path, device: str | torch.device) -> ChatSession:
             f"tokens {len(tokenizer)}; train it on conversations first (train.py --init_model_dir)"
         )
     manifest = read_manifest(folder)
-    context = manifest.get("longest_row") or model.config.n_positions
-    session = ChatSession(model.to(device), tokenizer, context=context)
+    session = ChatSession(model.to(device), tokenizer, context=find_context(manifest, model.config))
     session.folder, session.manifest = folder, manifest
     return session
 
