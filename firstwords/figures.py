@@ -48,41 +48,48 @@ def describe_run(run: Run) -> str:
 
 def list_figures(run: Run) -> list[Figure]:
     """Return the numbers of the head; what no file tells is left out."""
-    figures: list[Figure] = []
-
-    def add(name: str, value, form: Callable, source: str) -> None:
-        if value is not None:
-            figures.append(Figure(name, form(value), source))
-
-    measured, events = run.evaluation, "runs/events*"
-    add("tokens trained on", run.manifest.get("tokens_seen"), format_count, "manifest.json: tokens_seen")
-    add("epochs", run.last("train/epoch"), "{:.2f}".format, f"{events}: train/epoch")
-    add("time", run.seconds or None, format_duration, f"{events}: wall time of {run.lives} lives")
-    add(
-        "tokens per second",
-        find_median(run.curve("train/tokens_per_second")),
-        format_count,
-        f"{events}, median",
-    )
-    share = find_median(run.curve("train/share_of_matmul"))
-    add("of the matmul rate", share, "{:.0%}".format, f"{events}: train/share_of_matmul")
-    memory = run.curve("train/peak_memory_gb")
-    add(
-        "peak memory", max(memory.values) if memory else None, "{:.2f} GB".format, f"{events}: peak_memory_gb"
-    )
-    energy = run.curve("train/energy_wh")
-    add("energy", sum(energy.values) if energy else None, "{:,.1f} Wh".format, f"{events}: train/energy_wh")
-    add("val loss", run.last("eval/loss"), "{:.4f}".format, f"{events}: eval/loss")
-    bits = run.last("eval/bits_per_byte")
-    add("val bits per byte", bits, "{:.4f}".format, f"{events}: eval/bits_per_byte")
-    trigram = measured.get("baselines", {}).get("trigram", {}).get("bits_per_byte")
-    add("trigram's, to beat", trigram, "{:.4f}".format, "evaluation.json: baselines")
-    add("answers exact", measured.get("exact_match"), "{:.1%}".format, "evaluation.json: exact_match")
-    stop, where = find_stop_rate(run)
-    add("replies that end", stop, "{:.1%}".format, f"{where}: stop_rate")
-    if not energy:
+    found = [*_list_work(run), *_list_machine(run), *_list_outcome(run)]
+    figures = [Figure(name, form(value), source) for name, value, form, source in found if value is not None]
+    if not run.curve("train/energy_wh"):
         figures.append(Figure("energy", "not measured", "NVML tells it of NVIDIA's GPUs alone"))
     return figures
+
+
+_EVENTS = "runs/events*"
+
+
+def _list_work(run: Run) -> list[tuple[str, float | None, Callable, str]]:
+    seen, lives = run.manifest.get("tokens_seen"), f"{_EVENTS}: wall time of {run.lives} lives"
+    return [
+        ("tokens trained on", seen, format_count, "manifest.json: tokens_seen"),
+        ("epochs", run.last("train/epoch"), "{:.2f}".format, f"{_EVENTS}: train/epoch"),
+        ("time", run.seconds or None, format_duration, lives),
+    ]
+
+
+def _list_machine(run: Run) -> list[tuple[str, float | None, Callable, str]]:
+    rate, share = (find_median(run.curve(f"train/{x}")) for x in ("tokens_per_second", "share_of_matmul"))
+    memory, energy = run.curve("train/peak_memory_gb"), run.curve("train/energy_wh")
+    peak, spent = max(memory.values, default=None), sum(energy.values) if energy else None
+    return [
+        ("tokens per second", rate, format_count, f"{_EVENTS}, median"),
+        ("of the matmul rate", share, "{:.0%}".format, f"{_EVENTS}: train/share_of_matmul"),
+        ("peak memory", peak, "{:.2f} GB".format, f"{_EVENTS}: peak_memory_gb"),
+        ("energy", spent, "{:,.1f} Wh".format, f"{_EVENTS}: train/energy_wh"),
+    ]
+
+
+def _list_outcome(run: Run) -> list[tuple[str, float | None, Callable, str]]:
+    measured, bits = run.evaluation, run.last("eval/bits_per_byte")
+    trigram = measured.get("baselines", {}).get("trigram", {}).get("bits_per_byte")
+    stop, where = find_stop_rate(run)
+    return [
+        ("val loss", run.last("eval/loss"), "{:.4f}".format, f"{_EVENTS}: eval/loss"),
+        ("val bits per byte", bits, "{:.4f}".format, f"{_EVENTS}: eval/bits_per_byte"),
+        ("trigram's, to beat", trigram, "{:.4f}".format, "evaluation.json: baselines"),
+        ("answers exact", measured.get("exact_match"), "{:.1%}".format, "evaluation.json: exact_match"),
+        ("replies that end", stop, "{:.1%}".format, f"{where}: stop_rate"),
+    ]
 
 
 def find_stop_rate(run: Run) -> tuple[float | None, str]:

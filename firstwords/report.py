@@ -6,7 +6,7 @@ One file, no script, nothing from outside. Invariant: every number comes from a 
 named beside it; a part whose file is missing says so, and the rest stands.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -116,34 +116,7 @@ def build_loss(run: Run, parent: Run | None) -> Section | None:
 
 def build_health(run: Run, parent: Run | None) -> Section | None:
     """Return how the replies to the fixed prompts changed, and what is forgotten meanwhile."""
-    names = {
-        "stop_rate": "end",
-        "exact": "exact",
-        "repeat_4gram": "repeat",
-        "role_leak": "leak role",
-        "empty": "empty",
-    }
-    lines = _lines(run, {f"health/{name}": shown for name, shown in names.items()})
-    charts = []
-    if lines:
-        charts.append(("replies that ...", draw_lines(lines, x_label="step", from_zero=True)))
-    if run.curve("health/mean_tokens"):
-        mean = _lines(run, {"health/mean_tokens": ""})
-        charts.append(("tokens in a reply", draw_lines(mean, x_label="step", from_zero=True)))
-    if run.curve("eval/kept_text_bits_per_byte"):
-        kept = _lines(run, {"eval/kept_text_bits_per_byte": ""})
-        end = parent.last("eval/bits_per_byte") if parent else None
-        before = {} if end is None else {"end of stage A": end}
-        charts.append(
-            (
-                "what is forgotten: bits per byte of stage A's text",
-                draw_lines(kept, x_label="step", levels=before),
-            )
-        )
-    if run.curve("eval/hellaswag_acc_norm"):
-        both = _lines(run, {"eval/hellaswag_acc_norm": "acc_norm", "eval/hellaswag_acc": "acc"})
-        levels = {"chance": 0.25, "GPT-2 124M": 0.3114}
-        charts.append(("HellaSwag", draw_lines(both, x_label="step", levels=levels)))
+    charts = [*_draw_replies(run), *_draw_kept_text(run, parent), *_draw_hellaswag(run)]
     if not charts:
         return None
     rows = [
@@ -155,6 +128,39 @@ def build_health(run: Run, parent: Run | None) -> Section | None:
         format_table(("health", "at the end"), rows),
         "runs/events*: health/*, eval/*",
     )
+
+
+def _draw_replies(run: Run) -> Iterator[tuple[str, str]]:
+    names = {
+        "stop_rate": "end",
+        "exact": "exact",
+        "repeat_4gram": "repeat",
+        "role_leak": "leak role",
+        "empty": "empty",
+    }
+    lines = _lines(run, {f"health/{name}": shown for name, shown in names.items()})
+    if lines:
+        yield "replies that ...", draw_lines(lines, x_label="step", from_zero=True)
+    mean = _lines(run, {"health/mean_tokens": ""})
+    if mean:
+        yield "tokens in a reply", draw_lines(mean, x_label="step", from_zero=True)
+
+
+def _draw_kept_text(run: Run, parent: Run | None) -> Iterator[tuple[str, str]]:
+    kept = _lines(run, {"eval/kept_text_bits_per_byte": ""})
+    end = parent.last("eval/bits_per_byte") if parent else None
+    before = {} if end is None else {"end of stage A": end}
+    if kept:
+        title = "what is forgotten: bits per byte of stage A's text"
+        yield title, draw_lines(kept, x_label="step", levels=before)
+
+
+def _draw_hellaswag(run: Run) -> Iterator[tuple[str, str]]:
+    if run.curve("eval/hellaswag_acc_norm"):
+        both = _lines(run, {"eval/hellaswag_acc_norm": "acc_norm", "eval/hellaswag_acc": "acc"})
+        scores = {model: scores["acc_norm"] for model, scores, _ in PUBLISHED["hellaswag"]}
+        levels = {name: scores[name] for name in ("chance", "GPT-2 124M")}
+        yield "HellaSwag", draw_lines(both, x_label="step", levels=levels)
 
 
 def build_rates(run: Run, parent: Run | None) -> Section | None:
@@ -295,35 +301,36 @@ def build_scores(run: Run, parent: Run | None) -> Section | None:
         for name, value in {**run.evaluation, **run.evaluation.get("health", {})}.items()
         if not isinstance(value, dict)
     ]
-    results = dict(run.tasks.get("results", {}))
-    in_training = {
-        name: run.last(f"eval/hellaswag_{name}")
-        for name in ("acc", "acc_norm")
-        if run.curve(f"eval/hellaswag_{name}")
-    }
-    tests = []
-    for task, scores in results.items():
-        shown = {name.partition(",")[0]: value for name, value in scores.items() if isinstance(value, float)}
-        tests.append((task, "this model", _shares(shown), "evaluation_tasks.json"))
-    if in_training and "hellaswag" not in results:
-        tests.append(("hellaswag", "this model", _shares(in_training), "runs/events*: eval/hellaswag_*"))
-    for task, published in PUBLISHED.items():
-        if task in {test[0] for test in tests}:
-            tests += [(task, model, _shares(scores), where) for model, scores, where in published]
-    if not tests:
-        published = [
-            (task, model, _shares(scores), where)
-            for task, rows_ in PUBLISHED.items()
-            for model, scores, where in rows_
-        ]
-        tests = [("hellaswag", "this model", "not measured", "evaluate.py --tasks hellaswag"), *published]
     head, test_head = ("measured", ""), ("test", "model", "score", "source")
-    tests.sort(key=lambda test: test[0])
+    tests = list_tests(run)
     html, markdown = format_html_table(test_head, tests), format_table(test_head, tests)
     if rows:
         html = f'<div class="columns">{format_html_table(head, rows)}</div>{html}'
         markdown = f"{format_table(head, rows)}\n{markdown}"
     return Section("Scores", html, markdown, "evaluation.json, evaluation_tasks.json, and the papers named")
+
+
+def list_tests(run: Run) -> list[tuple[str, str, str, str]]:
+    """Return test, model, score and source: this run's, and what was published of the same tests."""
+    tests = []
+    for task, scores in run.tasks.get("results", {}).items():
+        shown = {name.partition(",")[0]: value for name, value in scores.items() if isinstance(value, float)}
+        tests.append((task, "this model", _shares(shown), "evaluation_tasks.json"))
+    in_training = {name: run.last(f"eval/hellaswag_{name}") for name in ("acc", "acc_norm")}
+    found = {name: score for name, score in in_training.items() if score is not None}
+    asked = {test[0] for test in tests}
+    if found and "hellaswag" not in asked:
+        tests.append(("hellaswag", "this model", _shares(found), "runs/events*: eval/hellaswag_*"))
+    asked = {test[0] for test in tests} or set(PUBLISHED)
+    if not tests:
+        tests.append(("hellaswag", "this model", "not measured", "evaluate.py --tasks hellaswag"))
+    tests += [
+        (task, model, _shares(scores), where)
+        for task, published in PUBLISHED.items()
+        if task in asked
+        for model, scores, where in published
+    ]
+    return sorted(tests, key=lambda test: test[0])
 
 
 def _shares(scores: dict[str, float]) -> str:
