@@ -281,7 +281,7 @@ def measure_optimizers(steps: int) -> dict:
     from docs.lab import batch, learn
 
     curves = {}
-    for optimizer, lr in ((AdamW, 1e-5), (AdamW, 1e-3), (AdamW, 1e-1), (SGD, 1e-2), (SGD, 1e-1)):
+    for optimizer, lr in ((AdamW, 1e-5), (AdamW, 1e-3), (AdamW, 1e-1), (SGD, 1e-2), (SGD, 5e-2)):
         losses = []
         learn(
             batch, optimizer=optimizer, lr=lr, steps=steps, watch=lambda _, loss, to=losses: to.append(loss)
