@@ -49,6 +49,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     6  tasks        the tests that papers report -> scores
     7  terminal     the prompt of a chat on a terminal
     7  trainer      the Trainer subclass and its callbacks
+    7  evaluation   a checkpoint and data -> loss, baselines, marks, health
     7  report       a run folder -> report.html, report.md
     7  compare      two run folders -> what differs, and what came of it
     7  monitor      a run in progress -> rates, samples, health, tests

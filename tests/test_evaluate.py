@@ -24,6 +24,7 @@ import train
 from firstwords import baselines, pydocs
 from firstwords.checkpoint import load_model, write_manifest
 from firstwords.dataset import open_val
+from firstwords.evaluation import asks_questions
 from firstwords.loss import evaluate_loss
 from firstwords.tokenizer import build_char, train_bpe
 
@@ -252,8 +253,8 @@ KINDS = {
 )
 def test_questions_are_asked_of_who_was_trained_on_them(wish, only, sources, asks):
     manifest = {"flags": {"assistant_only_loss": only}, "sources": sources}
-    assert evaluate.asks_questions(wish, manifest) is asks
-    assert evaluate.asks_questions(wish, {}) is (wish == "pydocs")
+    assert asks_questions(wish, manifest) is asks
+    assert asks_questions(wish, {}) is (wish == "pydocs")
 
 
 @pytest.fixture
