@@ -43,7 +43,7 @@ def add_callbacks(run: RunTrainer, flags: TrainFlags, *, first_step: int) -> Run
     if run.is_world_process_zero():
         log, watching = build_watch(run, flags, first_step)
     callbacks = [
-        KeepPace(run.pace, flags.model_dir, lambda line: log and log.say(line)),
+        KeepPace(run.pace, flags.model_dir, run.wish, lambda line: log and log.say(line)),
         PendingLoss(run),
         LastStep(),
         *watching,

@@ -14,21 +14,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from torch import distributed
 from transformers import TrainerCallback
+
+from firstwords.signals import COOLDOWN, StopWish
 
 # A schedule over hours is laid out over as many steps as no run takes, and followed by the clock.
 HORIZON = 10**9
-COOLDOWN = "COOLDOWN"
-
-
-def agree(value):
-    """Return what the first process says, in every process; alone, the value itself."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value
-    values = [value]
-    distributed.broadcast_object_list(values)
-    return values[0]
 
 
 @dataclass(frozen=True)
@@ -76,16 +67,16 @@ class Pace:
         self._last_look: float | None = None
         self._base: Callable[[int], float] | None = None
 
-    def look_at_clock(self) -> None:
-        """Count the time since the last look; the first counts nothing. Without `hours` do nothing."""
+    def look_at_clock(self) -> float:
+        """Return the hours since the last look, for `spend`; the first look, and without `hours` any, 0."""
         if self.hours is None:
-            return
-        now = time.monotonic()
-        if self._last_look is not None:
-            self.hours_spent += (now - self._last_look) / 3600
-        self._last_look = now
-        # One clock for all processes: with another rate in each they would train different models.
-        self.hours_spent = agree(self.hours_spent)
+            return 0.0
+        last, self._last_look = self._last_look, time.monotonic()
+        return 0.0 if last is None else (self._last_look - last) / 3600
+
+    def spend(self, hours: float) -> None:
+        """Count hours of training: by the clock of one process, or each would train at a rate of its own."""
+        self.hours_spent += hours
 
     def find_end(self, step: int) -> int:
         """Return the last step of the run, seen from `step`; by the clock an estimate until it is reached."""
@@ -122,7 +113,8 @@ class Pace:
 
     def describe(self) -> dict:
         """Return what a checkpoint has to say of it, for `resume`."""
-        spent = {} if self.hours is None else {"hours_spent": round(self.hours_spent, 6)}
+        # To the last digit: rounded down, a run that has spent all its hours would go on for another step.
+        spent = {} if self.hours is None else {"hours_spent": self.hours_spent}
         return spent if self.cooldown is None else spent | {"cooldown": asdict(self.cooldown)}
 
     def resume(self, manifest: dict) -> None:
@@ -136,13 +128,14 @@ class KeepPace(TrainerCallback):
     """Tell Trainer the last step, and begin a cooldown when `touch <run>/COOLDOWN` asks for one.
 
     Args:
-        pace: of the run.
-        run_dir: where the file is looked for.
+        pace: of the run; its clock is looked at by `trainer.RunTrainer`, once in a step.
+        run_dir: where the file is.
+        wish: knows whether it is there.
         say: takes a line for the log.
     """
 
-    def __init__(self, pace: Pace, run_dir: Path, say: Callable[[str], None]):
-        self.pace, self.path, self.say = pace, run_dir / COOLDOWN, say
+    def __init__(self, pace: Pace, run_dir: Path, wish: StopWish, say: Callable[[str], None]):
+        self.pace, self.path, self.wish, self.say = pace, run_dir / COOLDOWN, wish, say
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Start the clock of this life of the run."""
@@ -150,13 +143,13 @@ class KeepPace(TrainerCallback):
         state.max_steps = self.pace.find_end(state.global_step)
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        """Look at the clock, just before the schedule is asked for the next rate."""
-        self.pace.look_at_clock()
+        """Look how far the run has come, just before the schedule is asked for the next rate."""
         state.max_steps = self.pace.find_end(state.global_step + 1)
 
     def on_step_end(self, args, state, control, **kwargs):
         """Begin what the file asks for, and save, so that a kill cannot undo it."""
-        if agree(self.path.exists()) and self.pace.cooldown is None and state.global_step < state.max_steps:
+        is_asked = COOLDOWN in self.wish.found and self.pace.cooldown is None
+        if is_asked and state.global_step < state.max_steps:
             cooldown = self.pace.begin_cooldown(state.global_step)
             state.max_steps = cooldown.end
             control.should_save = True

@@ -7,7 +7,7 @@
 They meet at the store of `torch.distributed` (a server with keys and values, at MASTER_ADDR), which needs no
 GPU and works while a collective waits for ever. Invariant: the first error of any process is the verdict on
 all: each ends with its exit code, the first process alone says why, and none outlives it by more than
-`GRACE` seconds, wherever it waits.
+`GRACE` seconds, wherever it waits. Who is killed leaves no verdict: it is missed after `SILENCE` seconds.
 """
 
 import json
@@ -27,11 +27,13 @@ from firstwords.signals import SIGNALS
 # Seconds: for a process to come to its end by itself after the verdict; between two looks at the store; and
 # for all to start, which on a cluster may lie minutes apart.
 GRACE, INTERVAL, PATIENCE = 5.0, 0.1, timedelta(minutes=10)
+# Seconds between two signs of life, and without one until a process is taken for dead. Torch itself waits 30
+# minutes for one that has died before it came to a collective, with NCCL at any time. A disk that hangs can
+# keep a whole process waiting, but hardly for so long.
+PULSE, SILENCE = 5.0, 120.0
 
-_LOST_END = (
-    IOFailed.exit_code,
-    "a process of the run is gone; what was saved is there, and the same command goes on",
-)
+_SAVED = "what was saved is there, and the same command goes on"
+_LOST_END = (IOFailed.exit_code, f"a process of the run is gone; {_SAVED}")
 # What gloo, NCCL and the store say when the other side of a connection has gone.
 _LOST = ("onnection closed", "onnection reset", "Broken pipe", "NCCL", "recvValue failed", "sendBytes failed")
 
@@ -46,6 +48,9 @@ class Ranks:
 
     def __init__(self, rank: int = 0, size: int = 1, store=None):
         self.rank, self.size, self._store, self._num_asked = rank, size, store, 0
+        self._beaten = -PULSE
+        # Of each other process: how many signs it has given, and when that was last another number.
+        self._heard: dict[int, tuple[int, float]] = {}
 
     @property
     def is_first(self) -> bool:
@@ -73,6 +78,26 @@ class Ranks:
     def read_verdict(self) -> tuple[int, str] | None:
         """Return exit code and line of the end that all have; None while there is none."""
         return tuple(json.loads(self._store.get("verdict"))) if self._store.check(["verdict"]) else None
+
+    def beat(self) -> None:
+        """Give a sign of life, when it is time for one; the first process looks for those of the others.
+
+        Of one that has given none for `SILENCE` seconds it makes the verdict: nobody else could say so.
+        """
+        now = time.monotonic()
+        if now - self._beaten < PULSE:
+            return
+        if now - self._beaten > SILENCE / 2:  # this process was stopped for a while, and others with it
+            self._heard.clear()
+        self._beaten = now
+        self._store.add(f"beat-{self.rank}", 1)
+        for rank in range(1, self.size) if self.is_first else ():
+            count = self._count(f"beat-{rank}")
+            if count != self._heard.get(rank, (None,))[0]:
+                self._heard[rank] = count, now
+            elif now - self._heard[rank][1] > SILENCE:
+                why = f"process {rank}: has given no sign of life for {SILENCE:g} seconds; {_SAVED}"
+                self._store.compare_set("verdict", "", json.dumps((IOFailed.exit_code, why)))
 
     def close(self, error: BaseException | None) -> None:
         """Agree on the end with the others, and wait for theirs.
@@ -132,6 +157,7 @@ class Ranks:
         """
         until = None
         while not (done := is_done()) and (until is None or time.monotonic() < until):
+            self.beat()
             if until is None and self._store.check(["verdict"]):
                 until = time.monotonic() + 2 * GRACE
             time.sleep(INTERVAL)
@@ -208,12 +234,16 @@ def _open_store():
 
 
 def _watch(ranks: Ranks, ended: threading.Event) -> None:
-    """End this process when the run has its verdict and it hangs on: in a collective nobody else is in."""
+    """Give signs of life; when the run has its verdict and this process hangs on, end it.
+
+    It may be in a collective that nobody else is in.
+    """
     verdict = None
     while verdict is None:
         if ended.wait(5 * INTERVAL):
             return
         try:
+            ranks.beat()
             verdict = ranks.read_verdict()
         except RuntimeError:
             verdict = _LOST_END

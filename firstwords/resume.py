@@ -18,10 +18,10 @@ from firstwords.args import CHOSEN_BY_TOKENS, TrainFlags
 from firstwords.errors import CannotCreate, Mismatch, MissingInput, Stopped
 from firstwords.model import CONFIG_KEYS
 from firstwords.opening import Opened
-from firstwords.pace import COOLDOWN, Pace
+from firstwords.pace import Pace
 from firstwords.prep import find_report
 from firstwords.ranks import Ranks
-from firstwords.signals import STOP
+from firstwords.signals import COOLDOWN, STOP
 from firstwords.trainer import RunLog, RunMeta, RunTrainer, rows_per_step
 
 # Flags that do not change what is computed at a step, so that a resumed run may change them.

@@ -1,4 +1,4 @@
-"""Signals, and the file STOP -> a wish to stop, met where stopping loses nothing.
+"""Signals, and files in the run folder -> a wish to stop or to cool down, met where that loses nothing.
 
     wish = StopWish(Path("runs/chat"))    # SIGTERM, SIGINT and SIGHUP are caught from here on
     ...                                   # start-up: a signal ends it at once, there is nothing to save
@@ -6,8 +6,9 @@
     ...                                   # training: `wish.reason` says what came; the step goes on
 
 A second SIGINT stops at once, whatever is going on. With several processes a signal reaches one or all of
-them, at any moment: each notes its own, and what counts is what they agree on once in a step. Invariant: a
-signal that the process was started to ignore (`nohup` does that to SIGHUP) stays ignored.
+them, at any moment, and the files are looked for by the first alone: what counts is what they agree on once
+in a step (`list_signs` of all, of each the highest, to `settle`). Invariant: a signal that the process was
+started to ignore (`nohup` does that to SIGHUP) stays ignored.
 """
 
 import signal
@@ -16,7 +17,8 @@ from pathlib import Path
 from firstwords.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-STOP = "STOP"
+# Made in the run folder, these ask for something: `touch runs/chat/STOP`.
+STOP, COOLDOWN = "STOP", "COOLDOWN"
 
 
 class StopWish:
@@ -29,6 +31,7 @@ class StopWish:
     Attributes:
         received: the last signal that counts, None before the first.
         noted: the last that came to this process.
+        found: the files, `STOP` or `COOLDOWN`, that were there in the last step.
         reason: what was found at the last look, in a word: `SIGTERM`, `STOP`; None before.
     """
 
@@ -36,6 +39,7 @@ class StopWish:
         self.received: signal.Signals | None = None
         self.reason: str | None = None
         self.noted: signal.Signals | None = None
+        self.found: set[str] = set()
         self._run_dir, self._is_shared, self._is_deferred = run_dir, is_shared, False
         for number in SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:
@@ -53,13 +57,27 @@ class StopWish:
                 "the same command goes on"
             )
 
+    def list_signs(self, *, is_first: bool) -> list[int]:
+        """Return what asks for something in this process: a signal's number, and which of the files is there.
+
+        Args:
+            is_first: this process looks for the files.
+        """
+        return [self.noted or 0, *(is_first and (self._run_dir / name).exists() for name in (STOP, COOLDOWN))]
+
+    def settle(self, signs: list[float]) -> None:
+        """Take over what asks for something in any process."""
+        number, *are_there = signs
+        if number:
+            self.received = signal.Signals(int(number))
+        self.found = {name for name, is_there in zip((STOP, COOLDOWN), are_there, strict=True) if is_there}
+
     def look(self) -> str | None:
-        """Return what asks for a stop: a signal, or `touch <run>/STOP`; that file goes, it is obeyed."""
-        path = self._run_dir / STOP
+        """Return what asks for a stop: a signal, or the file STOP; that goes, it is obeyed."""
         if self.received:
             self.reason = self.received.name
-        elif path.exists():
-            path.unlink(missing_ok=True)
+        elif STOP in self.found:
+            (self._run_dir / STOP).unlink(missing_ok=True)
             self.reason = STOP
         return self.reason
 

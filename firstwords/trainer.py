@@ -13,7 +13,6 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -41,11 +40,24 @@ from firstwords.errors import BadBatch, BadFlag, Diverged, IOFailed
 from firstwords.loss import evaluate_loss, sum_losses
 from firstwords.model import GPT2LMHeadModel
 from firstwords.optimizer import MuonAdamWFactory
-from firstwords.pace import HORIZON, Pace, agree, format_seconds
+from firstwords.pace import HORIZON, Pace, format_seconds
 from firstwords.schema import mask_control
 from firstwords.signals import StopWish
 from firstwords.tokenizer import Tokenizer
 from firstwords.wishes import check_optimizer, check_wishes
+
+# Modes of `--torch_compile_mode` that replay CUDA graphs. What a graph returns is overwritten by the next run
+# of it, gradients too where autograd took them as they came (torch/_inductor/cudagraph_trees.py,
+# `format_dealloc_msg` and `can_start_new_generation`).
+GRAPHED = ("reduce-overhead", "max-autotune")
+# What torch.save raises as a plain RuntimeError when a disk takes no more, or not at all.
+FAILED_WRITES = (
+    "PytorchStreamWriter failed",
+    "unexpected pos",
+    "iostream error",
+    "open file failed",
+    "Parent directory",
+)
 
 
 def count_steps(flags: TrainFlags, rows_per_epoch: int) -> int:
@@ -259,7 +271,7 @@ class RunTrainer(transformers.Trainer):
         optimizer_cls_and_kwargs: from `choose_optimizer`.
         skipped: batches that are left out, see `RunSampler`.
         pace: what ends the run, when it is not `args.max_steps` alone.
-        wish: with several processes, what a signal to any of them asks of all.
+        wish: what signals and files ask for; without one nothing does, which several processes cannot do.
     """
 
     def __init__(
@@ -347,8 +359,11 @@ class RunTrainer(transformers.Trainer):
         weights = self.accelerator.get_state_dict(self.model)
         if place:
             return None, range(0)
-        whole = GPT2LMHeadModel(self.model.config)
-        whole.load_state_dict(weights)
+        # By the loader, which draws no weights to begin with: the dropout of the run goes on undisturbed.
+        whole = GPT2LMHeadModel.from_pretrained(
+            None, config=self.model.config, state_dict=weights, attn_implementation="sdpa"
+        )
+        whole.attention = self.model.attention
         return whole.to(self.args.device), range(num_rows)
 
     def _gather(self, value) -> list:
@@ -401,32 +416,50 @@ class RunTrainer(transformers.Trainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """Return the loss of a micro-batch, a share of the step's; keep both for the finite check."""
-        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.torch_compile_mode in GRAPHED and self.args.gradient_accumulation_steps > 1:
+            self._lay_gradients(model)
+        # A copy: a CUDA graph writes the loss of the next micro-batch to where it wrote this one.
+        loss = super().training_step(model, inputs, num_items_in_batch).clone()
         self._micro_batches.append((inputs, loss))
         return loss
+
+    @staticmethod
+    def _lay_gradients(model) -> None:
+        """Give each weight a gradient to add to: else the first would lie in a graph's own memory."""
+        for parameter in model.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def _get_grad_norm(self, model, grad_norm=None):
         # Trainer asks for the norm just before the optimizer's step, whether it clips or not.
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         loss = torch.stack([loss for _, loss in self._micro_batches]).sum()
         whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # FSDP shards it
-        # The only wait for the GPU in a step: both are read at once, and the weights wait for them.
-        values = torch.stack([torch.as_tensor(whole).to(loss), loss.detach()]).tolist()
-        is_broken = not all(map(math.isfinite, values))
-        if self.args.world_size > 1:
-            is_broken = self._agree(is_broken)
-        if is_broken:
-            self._break_off(values[0])
+        numbers = torch.stack([torch.as_tensor(whole).to(loss), loss.detach()])
+        if self._agree(~numbers.isfinite().all()):
+            self._break_off(float(whole))
         self._micro_batches.clear()
         return norm
 
-    def _agree(self, is_broken: bool) -> bool:
-        """Tell whether the step is broken in any process, and let a signal to any of them count for all."""
-        signs = torch.tensor([is_broken, self.wish.noted or 0], device=self.args.device)
-        distributed.all_reduce(signs, op=distributed.ReduceOp.MAX)
-        is_broken, number = signs.tolist()
-        if number:
-            self.wish.received = signal.Signals(number)
+    def _agree(self, is_broken: torch.Tensor) -> bool:
+        """Tell whether the step is broken in any process; let what asks one for something ask all.
+
+        The one exchange of a step beside those of the gradients and of the number of labels, and its only
+        wait for the GPU: all is read at once, and the weights wait for it. Hours are of this step; their sum
+        would want more digits than float32 has.
+        """
+        is_first = self.args.should_save
+        hours = self.pace.look_at_clock() if is_first else 0.0
+        signs = [hours, *(self.wish.list_signs(is_first=is_first) if self.wish else ())]
+        shared = torch.cat(
+            [is_broken.float()[None], torch.tensor(signs).to(is_broken.device, non_blocking=True)]
+        )
+        if self.args.world_size > 1:
+            distributed.all_reduce(shared, op=distributed.ReduceOp.MAX)
+        is_broken, hours, *signs = shared.tolist()
+        self.pace.spend(hours)
+        if self.wish:
+            self.wish.settle(signs)
         return bool(is_broken)
 
     def _break_off(self, norm: float) -> None:
@@ -483,7 +516,9 @@ class RunTrainer(transformers.Trainer):
                 self._finish_checkpoint(self._staging, run_dir)
             self._has_failed_to_save = False
         except (OSError, RuntimeError, SafetensorError, IOFailed) as error:
-            self._report_failed_save(str(error).splitlines()[0])
+            if not is_failed_write(error):
+                raise
+            self._report_failed_save((str(error).splitlines() or [type(error).__name__])[0])
         finally:
             shutil.rmtree(self._staging, ignore_errors=True)
             self._staging = None
@@ -535,6 +570,11 @@ class RunTrainer(transformers.Trainer):
         checkpoint.publish(folder, run_dir, keep=self.meta.save_total_limit, verified=self._verified)
 
 
+def is_failed_write(error: Exception) -> bool:
+    """Tell whether a save has failed at the disk, for which torch's writer has no class of its own."""
+    return not isinstance(error, RuntimeError) or any(sign in str(error) for sign in FAILED_WRITES)
+
+
 def print_warning(text: str) -> None:
     """Say on stderr what did not go as it should, and that the run goes on."""
     print_line(f"warning: {text}", sys.stderr)
@@ -548,8 +588,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Ask Trainer for a save and a stop: here, between two steps, resuming is exact."""
-        self.wish.reason = agree(self.wish.look() if state.is_world_process_zero else None)
-        if self.wish.reason:
+        if self.wish.look():
             control.should_save = control.should_training_stop = True
         return control
 

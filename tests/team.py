@@ -11,12 +11,16 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
 import transformers
+from torch import distributed
 
-from firstwords import ranks
+from firstwords import pace, ranks
 from firstwords.model import GPT2LMHeadModel
 
 
@@ -100,6 +104,69 @@ def kill_in_step(step):
         return original(self, *rest, **options)
 
     transformers.Trainer.training_step = do
+
+
+def touch_in_step(step, path):
+    """Make a file in the forward of a step, as a person would."""
+    original = transformers.Trainer.training_step
+
+    def do(self, *rest, **options):
+        if self.state.global_step == int(step):
+            Path(path).touch()
+        return original(self, *rest, **options)
+
+    transformers.Trainer.training_step = do
+
+
+def turn_own_clock():
+    """Have a clock that shows tenths of an hour more at each look, in each process others."""
+    now, rank = [0.0], int(os.environ["RANK"])
+
+    def look():
+        now[0] += 360.0 * (1 + 3 * rank)
+        return now[0]
+
+    pace.time = SimpleNamespace(monotonic=look)
+
+
+def note_exchanges(path):
+    """Write down what the processes exchange by name, with the step, and what a step reads of its tensors."""
+    state, do_step = {"step": -1}, transformers.Trainer.training_step
+
+    def watch(self, *rest, **options):
+        state["step"] = self.state.global_step
+        return do_step(self, *rest, **options)
+
+    def note(owner, name):
+        original = getattr(owner, name)
+
+        def call(*args, **options):
+            caller = sys._getframe(1).f_code.co_filename
+            if owner is distributed or caller.endswith(("trainer.py", "pace.py", "signals.py")):
+                with open(path, "a") as file:
+                    file.write(f"{state['step']} {name}\n")
+            return original(*args, **options)
+
+        setattr(owner, name, call)
+
+    transformers.Trainer.training_step = watch
+    for name in ("all_reduce", "broadcast_object_list", "all_gather_object"):
+        note(distributed, name)
+    for name in ("item", "tolist"):
+        note(torch.Tensor, name)
+
+
+def lose_at_start(rank):
+    """Kill the process of this rank before it has met the others in a collective; soon they miss it."""
+    from firstwords import opening
+
+    ranks.PULSE, ranks.SILENCE = 0.2, 3.0
+
+    def do(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if os.environ["RANK"] == rank:
+        opening.build_training_arguments = do
 
 
 def lose_memory(step):

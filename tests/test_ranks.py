@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,19 +16,24 @@ from safetensors.torch import load_file
 from team import (
     fsdp_on_cpu,
     kill_in_step,
+    lose_at_start,
     lose_data,
     lose_memory,
+    note_exchanges,
     note_rows,
     poison_batch,
     run_team,
     share_number,
     start_team,
+    touch_in_step,
+    turn_own_clock,
     wait_for,
 )
 from tiny import BYTES, SHAPE, build_flags, invent_talks, run_script, write_chats, write_config
+from torch import distributed
 
 import train
-from firstwords import atomic
+from firstwords import atomic, ranks
 from firstwords.args import TrainFlags
 from firstwords.checkpoint import (
     is_complete,
@@ -39,6 +45,7 @@ from firstwords.checkpoint import (
 from firstwords.dataset import open_train
 from firstwords.errors import BadFlag
 from firstwords.opening import choose_device
+from firstwords.ranks import Ranks
 from firstwords.trainer import share_micro_batches
 
 TERM = str(int(signal.SIGTERM))
@@ -255,6 +262,35 @@ def test_a_killed_first_process_leaves_nobody_waiting(nursery, home, tmp_path):
     assert codes == [-signal.SIGKILL, 74]
 
 
+def test_a_process_that_is_killed_at_the_start_is_missed(nursery, home, tmp_path):
+    codes, errors = run_team(nursery, words(home, tmp_path / "run"), 2, (lose_at_start, 1))
+    assert codes == [74, -signal.SIGKILL]
+    assert errors[0] == (
+        "error: process 1: has given no sign of life for 3 seconds; what was saved is there, and the same "
+        "command goes on\n"
+    )
+
+
+def test_a_process_is_missed_that_gives_no_sign_but_not_after_a_pause_of_all(monkeypatch):
+    now, store = [100.0], distributed.HashStore()
+    monkeypatch.setattr(ranks, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    first, second = (Ranks(rank, 2, store) for rank in range(2))
+
+    def live(seconds, *processes):
+        for _ in range(int(seconds / ranks.PULSE)):
+            now[0] += ranks.PULSE
+            for process in processes:
+                process.beat()
+
+    live(10 * ranks.SILENCE, first, second)
+    now[0] += 10 * ranks.SILENCE  # as by Ctrl-Z
+    live(ranks.SILENCE, first)
+    assert first.read_verdict() is None
+    live(2 * ranks.PULSE, first)
+    code, why = second.read_verdict()
+    assert (code, why.partition(";")[0]) == (74, "process 1: has given no sign of life for 120 seconds")
+
+
 def test_processes_of_one_number_on_two_machines_do_not_meet_on_the_disk(nursery, home, alone, tmp_path):
     run = tmp_path / "run"
     codes, errors = run_team(nursery, words(home, run), 2, (share_number, tmp_path / "seen"))
@@ -286,6 +322,32 @@ def test_all_go_back_together(nursery, home, tmp_path):
     assert errors[1] == ""
     assert is_complete(run)
     assert read_manifest(run)["skipped"] == [2]
+
+
+@pytest.mark.parametrize(("name", "code", "last"), [("STOP", 75, 3), ("COOLDOWN", 0, 4)])
+def test_a_file_asks_all(nursery, home, tmp_path, name, code, last):
+    run = tmp_path / "run"
+    flags, patch = {"decay_steps": 1}, (touch_in_step, 2, run / name)
+    codes, errors = run_team(nursery, words(home, run, **flags), 2, patch, at=[0])
+    assert codes == [code, code], errors
+    assert read_step(list_checkpoints(run)[0]) == last
+    assert is_complete(run) == (name == "COOLDOWN")
+    assert not (run / name).exists()
+
+
+def test_all_go_by_the_clock_of_the_first(nursery, home, tmp_path):
+    run, hours = tmp_path / "run", {"max_steps": None, "hours": 0.399, "warmup_steps": 0}
+    codes, errors = run_team(nursery, words(home, run, **hours), 2, turn_own_clock)
+    assert codes == [0, 0], errors
+    assert read_step(run) == 4
+
+
+def test_a_step_exchanges_once_and_reads_once(nursery, home, tmp_path):
+    """Beside the gradients and, by Trainer, the numbers of labels."""
+    patch, flags = (note_exchanges, tmp_path / "seen"), {"log_steps": 100, "hours": None}
+    assert run_team(nursery, words(home, tmp_path / "run", **flags), 2, patch, at=[1]) == ([0, 0], ["", ""])
+    seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
+    assert [name for step, name in seen if step == "2"] == ["all_reduce", "tolist"]
 
 
 # --- how many

@@ -279,6 +279,46 @@ def test_a_full_disk_ends_the_run_with_one_line_and_spoils_nothing(data, tmp_pat
     verify(tmp_path / "run" / "checkpoint-2")
 
 
+@pytest.mark.parametrize(
+    ("error", "is_disk"),
+    [
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0"), True),
+        (RuntimeError("PytorchStreamWriter failed writing file data/1: file write failed"), True),
+        (RuntimeError("basic_ios::clear: iostream error"), True),
+        (OSError(28, "No space left on device"), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+)
+def test_only_what_the_disk_does_is_a_failed_save(data, tmp_path, monkeypatch, error, is_disk):
+    run = build_trainer(data, tmp_path / "run", max_steps=2)
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(run, "_save_optimizer_and_scheduler", fail)
+    with pytest.raises(IOFailed if is_disk else type(error), match="pos|failed|stream|space|assert|memory"):
+        run.train()
+    assert list((tmp_path / "run").iterdir()) == []
+
+
+def test_the_whole_model_of_fsdp_is_loaded_and_no_number_drawn(data, tmp_path, monkeypatch):
+    run = build_trainer(data, tmp_path / "run")
+    run.model.attention = "dense"
+    weights = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    monkeypatch.setattr(run, "is_fsdp_enabled", True)
+    monkeypatch.setattr(run.accelerator, "get_state_dict", lambda model: weights)
+    before = torch.get_rng_state()
+    whole, places = run.find_whole_model()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (whole.attention, places) == ("dense", range(len(run.eval_dataset)))
+    assert whole.lm_head.weight is whole.transformer.wte.weight
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, weights[name])
+    ids = torch.arange(12).view(2, 6)
+    assert torch.equal(whole(ids, labels=ids).loss, run.model.eval()(ids, labels=ids).loss)
+
+
 def test_intervals_are_those_of_the_flags_also_after_a_resume(data, cfg, tmp_path, monkeypatch):
     words = build_flags(data, tmp_path / "run", cfg, max_steps=8, save_steps=2, log_steps=4)
     terminate = AtStep(3, lambda model: signal.raise_signal(signal.SIGTERM))
@@ -428,6 +468,32 @@ def test_compiled_steps_are_those_of_the_plain_run(data, tmp_path):
     assert weights[0].keys() == weights[1].keys()
     for name, expected in weights[0].items():
         torch.testing.assert_close(weights[1][name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("mode", "stable"), [(None, False), ("reduce-overhead", True)])
+def test_what_a_step_keeps_lies_outside_of_cuda_graphs(data, tmp_path, monkeypatch, mode, stable):
+    """Here the graph is one tensor for all losses, as its memory would be; and autograd's first gradients."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": mode}
+    extra = compiled if mode else {}
+    run = build_trainer(data, tmp_path / "run", grad_accum=3, max_steps=1, extra=extra)
+    kept, were_there, graph = [], [], torch.zeros(())
+
+    def train_in_graph(self, model, inputs, num_items_in_batch=None):
+        were_there.append([parameter.grad is not None for parameter in model.parameters()])
+        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+        loss.backward()
+        return graph.copy_(loss.detach())
+
+    def spy(*args, **options):
+        kept.extend(loss for _, loss in run._micro_batches)
+        return torch.tensor(1.0)
+
+    monkeypatch.setattr("transformers.Trainer.training_step", train_in_graph)
+    monkeypatch.setattr("transformers.Trainer._get_grad_norm", spy)
+    run.train()
+    assert len({loss.item() for loss in kept}) == len({loss.data_ptr() for loss in kept}) == 3
+    assert [all(there) for there in were_there] == [stable, True, True]
+    assert any(were_there[0]) == stable
 
 
 def test_several_gpus_in_one_process_are_refused(monkeypatch):
