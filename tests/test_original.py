@@ -96,12 +96,14 @@ def test_both_stages_in_the_background_and_a_chat_with_the_newest_checkpoint(env
     run_bash(f"{text}\nwait $!", tmp_path)
     assert read_json(tmp_path / "runs/base/manifest.json")["step"] == 8
 
-    endless = re.sub(r"--epochs \S+", "--epochs 9999", chat)
+    # The checkpoint that the shell has named must still be there when the chat opens it.
+    endless = re.sub(r"--epochs \S+", "--epochs 9999 --save_total_limit 500", chat)
     script = f"""
+trap 'kill -TERM $(jobs -p) 2> /dev/null || true' EXIT
 {endless}
 until ls runs/chat/checkpoint-*/manifest.json > newest 2> /dev/null; do kill -0 $!; sleep 0.2; done
 {{ {latest.rstrip()} --max_new_tokens 4 ; }} > reply <<< 'Add the numbers 1.'
-tail -n 1 runs/chat/train.log > last
+grep "^step " runs/chat/train.log | tail -n 1 > last
 kill -TERM $!
 wait $! && echo finished || echo "ended with $?"
 """
