@@ -53,7 +53,7 @@ class Sampling:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1 (off)"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0 <= self.min_p <= 1, "from 0 (off) to 1"),
-            ("repetition_penalty", 0 < self.repetition_penalty < math.inf, "above 0; 1 is off"),
+            ("repetition_penalty", 0.01 <= self.repetition_penalty <= 100, "from 0.01 to 100; 1 is off"),
             ("max_new_tokens", most is None or most >= 1, "1 or more"),
         ]
         for name, holds, allowed in checks:
@@ -486,7 +486,9 @@ def sample(logits: Tensor, sampling: Sampling, draws: Sequence[float]) -> Tensor
     """
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    probabilities = filter_logits(logits.div_(sampling.temperature), sampling).softmax(-1)
+    # With the largest at 0 and the divisor well inside float32, no temperature makes infinity or NaN.
+    logits.sub_(logits.amax(-1, keepdim=True)).div_(min(max(sampling.temperature, 1e-30), 1e30))
+    probabilities = filter_logits(logits, sampling).softmax(-1)
     cumulated = probabilities.cumsum(-1)
     # The largest float32 below 1 keeps the threshold below the total, whatever is rounded.
     draws = torch.tensor(draws, dtype=torch.float32, device=logits.device).clamp(max=1 - 2**-24)

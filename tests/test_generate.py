@@ -325,6 +325,19 @@ def test_the_ends_of_the_draw_pick_ids_with_a_share():
     assert picked.tolist() == [1, 3]
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-38, 1e-6])
+def test_the_lowest_temperatures_take_the_likeliest(temperature):
+    logits = torch.tensor([[2.0, -math.inf, 3.0, 1.0]])
+    assert sample(logits, Sampling(temperature=temperature), [0.999]).tolist() == [2]
+
+
+@pytest.mark.parametrize("temperature", [1e6, 1e39, 1.7e308])
+def test_the_highest_temperatures_draw_evenly_from_what_is_allowed(temperature):
+    logits = torch.tensor([[2.0, -math.inf, 3.0, -5.0]] * 3)
+    picked = sample(logits, Sampling(temperature=temperature), [0.1, 0.5, 0.9])
+    assert picked.tolist() == [0, 2, 3]
+
+
 def test_temperature_zero_is_argmax_whatever_the_filters():
     logits = torch.tensor([[0.0, 3.0, 2.0], [5.0, 1.0, 4.0]])
     greedy = Sampling(top_k=2, top_p=0.1, min_p=0.5, seed=3)
@@ -369,7 +382,9 @@ def test_repetition_penalty_by_hand():
         ("top_k", -1),
         ("min_p", -0.1),
         ("min_p", 1.1),
-        ("repetition_penalty", 0.0),
+        ("repetition_penalty", 0.009),
+        ("repetition_penalty", 101),
+        ("repetition_penalty", math.nan),
         ("max_new_tokens", 0),
     ],
 )

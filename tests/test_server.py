@@ -384,6 +384,7 @@ NONSENSE = [
 @beside(build_app, unguarded)
 def test_bodies_of_100_mb_and_of_nonsense_are_refused(implementation):
     with serve(build=implementation) as address:
+        assert "body: is no JSON" in post(address, b"hello")[2]["error"]["message"]
         for body in NONSENSE:
             status, _, answer = post(address, body)
             assert 400 <= status < 500
@@ -537,6 +538,17 @@ def test_answers_and_bodies_that_take_too_long_are_broken_off():
             assert connection.recv(4096).split()[1] == b"408"
         with open_stream(address, "endless") as connection:
             assert b"[DONE]" not in b"".join(iter(lambda: connection.recv(1 << 16), b""))
+
+
+def test_no_sampling_of_one_client_ends_the_reply_of_another(client):
+    """All streams are drawn in one thread: what one of them breaks, all of them lose."""
+    others = client.chat.completions.create(model="tiny", messages=HI, stream=True, temperature=1.5, seed=4)
+    arrived = [next(others)]
+    for wish in ({"temperature": 1.7e308}, {"temperature": 5e-324}, {"temperature": 2, "top_p": 5e-324}):
+        answer = client.chat.completions.create(model="tiny", messages=HI, max_tokens=2, **wish)
+        assert answer.choices[0].finish_reason == "length"
+    arrived += others
+    assert arrived[-1].choices[0].finish_reason in ("stop", "length")
 
 
 def test_a_model_that_gives_nan_is_told_and_the_server_stays(session):

@@ -192,6 +192,8 @@ def _describe(error: Exception) -> ApiError:
         return ApiError(503, "server: is ending; ask again when it is back", retry_after=5)
     if isinstance(error, RequestValidationError):
         first = error.errors()[0]
+        if first["type"] == "json_invalid":
+            return ApiError(400, "body: is no JSON; send a JSON object")
         place = ".".join(str(part) for part in first["loc"][1:])
         text = f"{place or 'body'}: {first['msg'][:200]}; see OpenAI's reference of chat completions"
         return ApiError(400, text, param=place or None)
