@@ -33,8 +33,8 @@ TOLD_FLAGS = (
 NOT_SCORES = ("checkpoint", "step")
 
 LIMITS = """\
-- It is a small model that was trained from random weights on the data above and on nothing else. It says what
-  is likely, in the same tone whether it is true or not. Nothing here was aligned or filtered for safety.
+- It is a small model. It knows what was in its data, and not all of that. It says what is likely, in the same
+  tone whether it is true or not. Nothing here was aligned or filtered for safety.
 - It was trained on rows of up to {context:,} tokens. Beyond that, its positions have learned nothing.
 - Where no score stands above, none was measured."""
 
@@ -109,7 +109,7 @@ def format_card(name: str, facts: Facts, usage: str, *, license: str | None = No
     }
     about = (
         f"A GPT-2 of {facts.num_weights:,} weights with {facts.num_tokens:,} tokens and a context of "
-        f"{facts.context:,}, trained from random weights with firstwords."
+        f"{facts.context:,}{_describe_beginning(facts.manifest)}."
     )
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     return f"{_format_header(facts.manifest, license)}\n# {name}\n\n{about}\n\n{body}\n"
@@ -119,9 +119,10 @@ def _format_header(manifest: dict, license: str | None) -> str:
     header: dict = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if license:
         header["license"] = license
-    datasets = [source["hub"] for source in manifest.get("sources", []) if "hub" in source]
-    if datasets:
-        header["datasets"] = datasets
+    stages = [manifest, *_list_ancestors(manifest)]
+    sources = [source for stage in stages for source in stage.get("sources", [])]
+    if datasets := [source["hub"] for source in sources if "hub" in source]:
+        header["datasets"] = sorted(set(datasets), key=datasets.index)
     header["tags"] = ["gpt2", "conversational", "firstwords"]
     return f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n"
 
@@ -132,7 +133,46 @@ def _format_data(manifest: dict, license: str | None) -> str:
     stated = (
         f"This model is released under `{license}`." if license else "No licence is stated for this model."
     )
-    return "\n".join(lines) + f"\n\n{stated} The licences of the data bind whoever uses or passes it on."
+    stages = "".join(f"\n\n{_describe_ancestor(ancestor)}" for ancestor in _list_ancestors(manifest))
+    return (
+        "\n".join(lines) + f"{stages}\n\n{stated} The licences of the data bind whoever uses or passes it on."
+    )
+
+
+def _list_ancestors(manifest: dict) -> list[dict]:
+    """Return what is known of the models whose weights this one began as, the nearest first."""
+    ancestors = []
+    while isinstance(parent := manifest.get("parent"), dict):
+        ancestors.append(manifest := parent)
+    return ancestors
+
+
+def _describe_beginning(manifest: dict) -> str:
+    """Return which weights the first of all its runs began with, as far as that is known."""
+    first = [manifest, *_list_ancestors(manifest)][-1]
+    if "parent" in first:
+        return ", trained from random weights with firstwords"
+    if first is manifest:
+        return ""
+    return f", trained with firstwords from {_name_model(first)}"
+
+
+def _describe_ancestor(ancestor: dict) -> str:
+    sources = ancestor.get("sources")
+    if not sources:
+        return f"It began as {_name_model(ancestor)}; what that was trained on is not recorded here."
+    lines = "\n".join(f"- {_describe_source(source)}" for source in sources)
+    return f"It began as {_name_model(ancestor)}, which was trained on:\n\n{lines}"
+
+
+def _name_model(ancestor: dict) -> str:
+    """Return a name for a model in which no path of the machine appears."""
+    name = str(ancestor.get("from", ""))
+    if name.startswith("hub:"):
+        return f"`{name.removeprefix('hub:')}` of the Hub"
+    if "step" in ancestor:
+        return f"a model of another run at step {_format_value(ancestor['step'])}"
+    return "another model"
 
 
 def _describe_source(source: dict) -> str:
@@ -151,8 +191,8 @@ def _format_training(manifest: dict) -> str:
     rows = {"step": manifest.get("step"), "tokens seen": manifest.get("tokens_seen")}
     rows |= {name: flags[name] for name in TOLD_FLAGS if name in flags}
     rows |= {f"version of {name}": version for name, version in versions.items()}
-    if parent := manifest.get("parent"):
-        rows["weights began as"] = f"those of another run at step {parent.get('step')}"
+    if ancestors := _list_ancestors(manifest):
+        rows["weights began as"] = f"those of {_name_model(ancestors[0])}"
     return _format_table(("", "value"), [(name, _format_value(value)) for name, value in rows.items()])
 
 

@@ -261,6 +261,8 @@ def check_parent(name: str, folder: Path, model: GPT2LMHeadModel, tokenizer: Tok
         "longest_row": manifest["longest_row"],
         "weights": manifest["files"]["model.safetensors"]["sha256"],
         "data_dir": manifest.get("data_dir"),
+        # What it was trained on, and what it began as in its turn: a model card tells all of it.
+        **{key: manifest[key] for key in ("sources", "parent") if key in manifest},
     }
 
 

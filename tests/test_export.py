@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, pipeline
 
 import export
-from firstwords.card import read_curve
+from firstwords.card import Facts, format_card, read_curve
 from firstwords.checkpoint import COMPLETE, verify, write_manifest
 from firstwords.errors import BadFlag, CannotCreate, Diverged, IOFailed, Mismatch, MissingInput
 from firstwords.llamacpp import check_exportable
@@ -35,7 +35,16 @@ META = {
         {"file": "/home/somebody/chats.jsonl", "bytes": 7, "license": "cc0-1.0"},
         {"hub": "tatsu-lab/alpaca", "config": None, "split": "train"},
     ],
-    "parent": {"from": "/home/somebody/runs/base", "step": 100},
+    "parent": {
+        "from": "/home/somebody/runs/base",
+        "step": 1100,
+        "sources": [
+            {"hub": "openwebtext", "license": "cc0-1.0"},
+            {"hub": "tatsu-lab/alpaca"},
+            {"file": "/home/somebody/a.txt"},
+        ],
+        "parent": None,
+    },
     "versions": {"torch": "2.13.0"},
 }
 
@@ -128,12 +137,16 @@ def test_the_card(hf):
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "license": "mit",
-        "datasets": ["tatsu-lab/alpaca"],
+        "datasets": ["tatsu-lab/alpaca", "openwebtext"],
         "tags": ["gpt2", "conversational", "firstwords"],
     }
     for line in (
         "- file `chats.jsonl`, bytes `7`; licence: cc0-1.0",
         "- hub `tatsu-lab/alpaca`, split `train`; licence: not recorded",
+        "It began as a model of another run at step 1,100, which was trained on:",
+        "- hub `openwebtext`; licence: cc0-1.0",
+        "- file `a.txt`; licence: not recorded",
+        "| weights began as | those of a model of another run at step 1,100 |",
         "| exact_match | 0.9700 |",
         "| health: stop_rate | 0.5000 |",
         "| hellaswag: acc,none | 0.3000 |",
@@ -148,6 +161,38 @@ def test_the_card(hf):
         assert line in body.splitlines(), line
     curve = body[body.index("| validation loss |") : body.index("## Scores")]
     assert len(curve.strip().splitlines()) == 22, "a heading and 20 of the 60 evaluations"
+
+
+@pytest.mark.parametrize(
+    ("parent", "beginning", "data"),
+    [
+        ({"parent": None}, ", trained from random weights with firstwords.", "Not recorded."),
+        ({}, " context of 64.", "Not recorded."),
+        (
+            {"parent": {"from": "hub:gpt2", "weights": "not verified"}},
+            ", trained with firstwords from `gpt2` of the Hub.",
+            "It began as `gpt2` of the Hub; what that was trained on is not recorded here.",
+        ),
+        (
+            {"parent": {"from": "/x/runs/base", "step": 5, "parent": {"from": "/y/gpt2"}}},
+            ", trained with firstwords from another model.",
+            "It began as another model; what that was trained on is not recorded here.",
+        ),
+        (
+            {"parent": {"from": "/x/runs/base", "step": 5}},
+            ", trained with firstwords from a model of another run at step 5.",
+            "It began as a model of another run at step 5; what that was trained on is not recorded here.",
+        ),
+    ],
+)
+def test_the_card_says_random_weights_only_where_all_stages_are_known(parent, beginning, data):
+    card = format_card("pip", Facts(parent, num_weights=9, num_tokens=8, context=64), "usage")
+    about = card[card.index("A GPT-2 of 9") :].splitlines()[0]
+    assert about.endswith(beginning)
+    assert data in card.splitlines()
+    assert ("random weights" in card) == ("random weights" in beginning)
+    assert "/x/" not in card
+    assert "/y/" not in card
 
 
 def test_scores_of_another_step_are_not_told(run, tmp_path):

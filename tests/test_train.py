@@ -433,6 +433,7 @@ def test_stage_b_takes_shape_tokenizer_and_context_from_stage_a(home, tmp_path):
     weights = parent["files"]["model.safetensors"]["sha256"]
     assert manifest["parent"]["from"] == str(home / "done")
     assert (manifest["parent"]["step"], manifest["parent"]["weights"]) == (4, weights)
+    assert (manifest["parent"]["sources"], manifest["parent"]["parent"]) == (parent["sources"], None)
     assert manifest["compare"]["init_weights"] == weights
     assert manifest["longest_row"] == 64 == parent["longest_row"]
     ours, theirs = (load_model(folder).state_dict() for folder in (tmp_path / "run", home / "done"))
