@@ -141,7 +141,9 @@ def write_text(path: Path, text: str) -> None:
         _sync_entry(path.parent)
     except OSError as error:
         _remove(staging)
-        raise IOFailed(f"{path}: writing failed ({error.strerror or error}); free some space") from None
+        raise IOFailed(
+            f"{path}: writing failed ({error.strerror or error}); mend that, or free some space"
+        ) from None
 
 
 def format_json(value) -> str:

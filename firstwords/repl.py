@@ -256,6 +256,8 @@ class Chat:
         turns = sum(message.role == "user" for message in self.session.messages)
         if not turns:
             raise BadData("/save: nothing was said yet; ask something first")
+        if not path.parent.is_dir():
+            raise MissingInput(f"/save {path}: there is no folder {path.parent}; make it, or name another")
         if path.exists() and path != self.file:
             raise CannotCreate(f"/save {path}: is there already; name another file")
         atomic.write_text(path, format_row(conversation_row(self.session.messages)))
@@ -286,10 +288,11 @@ def _read_conversation(path: Path) -> list:
         raise MissingInput(f"/load {path}: is no file; {near}")
     try:
         rows = [row for _, row in islice(read_jsonl(path), 2)]
-        if len(rows) != 1:
-            raise BadData(f"/load {path}: holds {len(rows) and 'more than one'} conversations; give it one")
-        if isinstance(rows[0], RowError):
+        if rows and isinstance(rows[0], RowError):
             raise rows[0]
+        if len(rows) != 1:
+            count = "more than one conversation" if rows else "no conversation"
+            raise BadData(f"/load {path}: holds {count}; name a file that /save wrote")
         return parse_conversation(rows[0])
     except RowError as error:
         raise BadData(f"/load {path}: {error}; name a file that /save wrote") from None

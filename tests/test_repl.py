@@ -252,7 +252,8 @@ def test_save_and_load(tmp_path):
     third = Heard("1")
     third.take("one")
     third.refuse(CannotCreate, "talk.jsonl: is there already; name another", f"/save {path}")
-    third.refuse(IOFailed, "writing failed", f"/save {tmp_path / 'none' / 'x'}")
+    third.refuse(MissingInput, f"there is no folder {tmp_path}/none; make it", f"/save {tmp_path}/none/x")
+    third.refuse(IOFailed, "writing failed .*; mend that, or free some space", "/save /proc/self/x")
 
 
 def test_a_saved_conversation_holds_turns_out_of_view(tmp_path):
@@ -265,8 +266,9 @@ def test_a_saved_conversation_holds_turns_out_of_view(tmp_path):
 @pytest.mark.parametrize(
     ("data", "match"),
     [
-        (b"", "holds 0 conversations"),
-        (b'{"messages": []}\n{"messages": []}\n', "holds more than one"),
+        (b"", "holds no conversation;"),
+        (b"import json\nimport os\n", "broken JSON|no JSON|not JSON"),
+        (b'{"messages": [{"role": "user", "content": "x"}]}\n' * 2, "holds more than one conversation;"),
         (b"\xff\xfe", "not UTF-8"),
         (b"\x00", "holds a NUL"),
         (b'{"messages": [{"role": "user", "content": "x"}]}', "no assistant turn"),
