@@ -507,6 +507,7 @@ def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_p < 1:
         ordered, order = logits.softmax(-1).sort(-1, descending=True)
         before = ordered.cumsum(-1) - ordered  # probability of the likelier ids
+        before[:, 0] = -math.inf  # a top_p of 1e-50 is 0 in float32
         dropped = torch.zeros_like(before, dtype=torch.bool)
         dropped.scatter_(1, order, before >= sampling.top_p)
         logits = logits.masked_fill(dropped, -math.inf)

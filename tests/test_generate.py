@@ -291,7 +291,8 @@ def test_filters_by_hand():
     assert kept_by(top_p=0.5) == keep[1], "a half is reached by the first alone"
     assert kept_by(top_p=0.51) == keep[2]
     assert kept_by(top_p=0.875) == three
-    assert kept_by(top_p=1e-9) == keep[1], "the likeliest always stays"
+    for top_p in (1e-9, 5e-324):
+        assert kept_by(top_p=top_p) == keep[1], "the likeliest always stays"
     assert kept_by(min_p=0.5) == keep[2], "0.25 is half of 0.5"
     assert kept_by(min_p=0.26) == keep[2]
     assert kept_by(min_p=0.24) == three
