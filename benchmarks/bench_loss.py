@@ -33,11 +33,12 @@ from firstwords.model import find_device
 CHARACTERS, PYDOCS = "--tokenizer char", "--dataset pydocs --val_pct 10"
 SHAKESPEARE = "--recipe configs/recipes/shakespeare.yaml"
 PYDOCS_TEXT = "--recipe configs/recipes/pydocs_text.yaml"
-# nanoGPT's train_shakespeare_char.py, 100 steps of warm-up in 2,000; and its train.py, 2,000 in 55,000.
+# nanoGPT's train_shakespeare_char.py, 100 steps of warm-up in 2,000; and its train.py, with the warm-up of
+# llm.c's run_gpt2_124M.sh, 700 steps in 18,865.
 NANOGPT_SMALL = "--lr 1e-3 --min_lr_ratio 0.1 --adam_beta2 0.99 --warmup_steps 0.05"
-NANOGPT_124M = "--lr 6e-4 --min_lr_ratio 0.1 --adam_beta2 0.95 --warmup_steps 0.036"
+NANOGPT_124M = "--lr 6e-4 --min_lr_ratio 0.1 --adam_beta2 0.95 --warmup_steps 0.037"
 # Searched for cpu_shape; a case for which nobody has searched has no such arm.
-ADAMW = "--lr 4e-3 --lr_scheduler_type linear --warmup_steps 0.1"
+ADAMW = "--lr 6.15e-3 --lr_scheduler_type linear --warmup_steps 0.23 --adam_beta1 0.8 --adam_beta2 0.99"
 
 
 @dataclass(frozen=True)
