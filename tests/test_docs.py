@@ -512,6 +512,19 @@ def list_flags() -> set[str]:
     return {flag for flag in flags if isinstance(flag, str)}
 
 
+def test_every_flag_of_ours_stands_in_a_text():
+    texts = [*map(ROOT.joinpath, DOCUMENTS), *(ROOT / "docs").rglob("*.md")]
+    recipes = (ROOT / "configs" / "recipes").glob("*.yaml")
+    named = {flag for path in texts for flag in re.findall(r"--\w+", path.read_text(encoding="utf-8"))}
+    named |= {f"--{key}" for path in recipes for key in yaml.safe_load(path.read_text(encoding="utf-8"))}
+    named |= {f"--{flag[5:]}" for flag in named if flag.startswith("--no_")}
+    ours = {flag for flag in build_train_parser("").flag_names() if not flag.startswith(("--no_", "-h"))}
+    for path in [*ROOT.glob("*.py"), ROOT / "firstwords" / "prep.py"]:
+        ours |= set(re.findall(r'\badd\(\s*"(--\w+)"', path.read_text(encoding="utf-8")))
+    assert ours - named == set()
+    assert len(ours) > 90
+
+
 def read_table(document: str, first: str) -> list[list[str]]:
     """Return the rows of the table whose first heading is `first`, without backticks."""
     rows, inside = [], False
