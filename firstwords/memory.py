@@ -106,6 +106,12 @@ def predict_memory(
 ) -> Memory:
     """Return what a training step takes on the device, of several processes in each.
 
+    It is the most of five moments. The loss: all activations, and what the head holds. The first block's
+    backward pass: the same, and what a block takes, while the head's gradient waits for the embedding's, for
+    they are one weight. The last block's: its activations alone, and the gradients of all that is above. The
+    embedding's: all gradients, and that of the embedding as it comes, which is added to the one that waited;
+    beside it only the gradient of what the blocks were given is left. And the optimizer's step.
+
     Under DDP the buckets that are sent hold all gradients once more (torch's `gradient_as_bucket_view` is
     off). Of FSDP it is an estimate that was not measured.
 
@@ -138,16 +144,24 @@ def predict_memory(
     if recompute != "none":  # of one block at a time
         block, casts = block + casts // config.n_layer, 0
     head = (_count_whole if whole_logits else _count_pieces)(config, tokens, bf16, device)
+    if batch_size >= 64:  # of so many places some are left out, the last of each row: the others are a copy
+        head += 4 * tokens * config.n_embd
+    d, tied = config.n_embd, 4 * config.vocab_size * config.n_embd
+    # Of the last block those matrices have no gradient yet that lead to the activation function; nor have the
+    # positions. With one micro-batch it is the head's own gradient that waits, counted among `every`.
+    late = 4 * (weights.hidden // config.n_layer - d * find_inner(config) + config.n_positions * d)
+    late, waiting = (late, 0) if grad_accum == 1 else (0, tied)
+    stream = 4 * tokens * d  # the gradient of the residual stream
     moments = [
         Memory(**before, casts=casts, activations=activations, logits=head),
+        Memory(**before, casts=casts, activations=activations, logits=tied, workspace=block),
         Memory(
-            **before,
-            casts=casts,
-            activations=activations,
-            logits=4 * weights.embeddings,
-            workspace=block,
+            **every | {"gradients": every["gradients"] - late},
+            activations=activations // config.n_layer,
+            logits=waiting,
+            workspace=stream + block,
         ),
-        Memory(**every, activations=activations // config.n_layer, workspace=block),
+        Memory(**every, logits=waiting + tied, workspace=stream),
         Memory(**every, workspace=9 * weights.hidden if optim == "muon" else 0),
     ]
     if is_sharded:  # the first process evaluates a copy of the whole
@@ -185,13 +199,13 @@ def count_activation_bytes(config: GPT2Config, *, bf16: bool, recompute: str = "
 def _count_pieces(config: GPT2Config, tokens: int, bf16: bool, device: str) -> int:
     """Return the bytes of our head and loss at their worst: while a piece of the logits is scored.
 
-    Then the hidden states are there thrice in float32 and autocast's type together, their gradient, that of
-    the head, its cast, and of the piece the logits twice, their logarithms, and the gradient of the last.
+    Then the hidden states are there in float32 and in autocast's type, their gradient in the latter, that of
+    the head and its cast, and of the piece the logits twice, their logarithms, and the gradient of the last.
     """
     d, v = config.n_embd, config.vocab_size
     rows = count_rows(device, v)
     piece = 12 * v * rows if tokens > rows else (10 if bf16 else 8) * v * tokens
-    return tokens * (12 if bf16 else 16) * d + (6 if bf16 else 4) * v * d + piece
+    return tokens * (8 if bf16 else 12) * d + (6 if bf16 else 4) * v * d + piece
 
 
 def _count_whole(config: GPT2Config, tokens: int, bf16: bool, device: str) -> int:
@@ -300,6 +314,8 @@ class _Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outputs = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.add.Tensor and self.phase == "backward" and not torch.is_grad_enabled():
+            self._replace(args[0].untyped_storage(), outputs.untyped_storage())
         is_cast = func is torch.ops.aten._to_copy.default and self._key(args[0]) in self._weights
         for output in tree_leaves(outputs):
             if isinstance(output, torch.Tensor):
@@ -317,6 +333,17 @@ class _Ledger(TorchDispatchMode):
             self._total += storage.nbytes()
             self.peak = max(self.peak, self._total)
             weakref.finalize(storage, self._leave, key)
+
+    def _replace(self, summand, total) -> None:
+        """Let a sum of two gradients take the place of the first.
+
+        So autograd adds them, but for those of a subclass of tensors, which those without contents are
+        (torch/csrc/autograd/input_buffer.cpp, `accumulate`).
+        """
+        key, num_bytes = summand._cdata, summand.nbytes()
+        if key in self._live and self._live[key][0] == num_bytes == total.nbytes():
+            self._total -= num_bytes
+            self._live[key] = 0, self._live[key][1]
 
     def _leave(self, key: int) -> None:
         self._total -= self._live.pop(key)[0]
