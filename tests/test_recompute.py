@@ -15,16 +15,18 @@ from firstwords.recompute import choose_kept, set_recompute
 DROPOUTS = {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attn_pdrop": 0.1}
 
 
-def find_gradients(level: str, bf16: bool, **shape) -> list[torch.Tensor]:
-    """Return the loss and all gradients of one micro-batch of two packed rows."""
+def find_gradients(level: str, bf16: bool, backend=None, is_packed=True, **shape) -> list[torch.Tensor]:
+    """Return the loss and all gradients of one micro-batch of two rows, packed ones or whole ones."""
     torch.manual_seed(1)
     model = GPT2LMHeadModel(GPT2Config(**SHAPE | {"n_layer": 2, "vocab_size": 128} | shape)).train()
     set_recompute(model, level)
     ids = torch.randint(128, (2, 24))
     positions = torch.tensor([[*range(24)], [*range(9), *range(15)]])
     torch.manual_seed(2)
+    run = torch.compile(model, backend=backend) if backend else model
+    packed = {"position_ids": positions} if is_packed else {}
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        loss = model(input_ids=ids, labels=ids, position_ids=positions).loss
+        loss = run(input_ids=ids, labels=ids, **packed).loss
     loss.backward()
     return [loss, *(parameter.grad for parameter in model.parameters())]
 
@@ -37,6 +39,20 @@ def find_gradients(level: str, bf16: bool, **shape) -> list[torch.Tensor]:
 def test_loss_and_gradients_are_the_same_bits(level, bf16, shape):
     pairs = zip(find_gradients("none", bf16, **shape), find_gradients(level, bf16, **shape), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("level", ["selective", "full"])
+@pytest.mark.parametrize("is_packed", [False, True], ids=["whole", "packed"])
+def test_compiled_it_computes_the_same(level, backend, is_packed):
+    if backend == "inductor" and not any(map(shutil.which, ("g++", "clang++"))):
+        pytest.skip("there is no C++ compiler")
+    torch.compiler.reset()
+    expected = find_gradients("none", False, is_packed=is_packed)
+    found = find_gradients(level, False, backend, is_packed)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
