@@ -41,7 +41,7 @@ def stage_folder(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
     if target.exists() and not target.is_dir():
         raise CannotCreate(f"{target}: is a file; name another folder")
     if target.exists() and not overwrite and any(target.iterdir()):
-        raise CannotCreate(f"{target}: is there already; name another folder or remove it")
+        raise CannotCreate(f"{target}: is there already; name another folder, or replace it with --overwrite")
     staging = target.parent / f"{STAGING}{os.getpid()}-{target.name}"
     try:
         staging.mkdir(parents=True)

@@ -56,7 +56,10 @@ class Page:
     def __init__(self, driver, address):
         self.driver = driver
         driver.get(address)
-        self.wait(lambda: "weights" in self.find("#about").get_attribute("textContent"))
+        self.wait(lambda: self.knows_model() or self.texts("#why") != [""])
+
+    def knows_model(self):
+        return "weights" in self.find("#about").get_attribute("textContent")
 
     def find(self, where):
         return self.driver.find_element(By.CSS_SELECTOR, where)
@@ -152,6 +155,38 @@ def test_retry_edit_rename_delete_and_undo(shown, told):
     assert [chat["title"] for chat in shown.read_chats()] == ["Crockery"]
     shown.use("#notice button")
     shown.wait(lambda: shown.texts("#chats .open") == ["two", "Crockery"])
+
+
+def test_the_keyboard_keeps_its_place(shown, told):
+    def held():
+        return shown.run("let e = document.activeElement; return e.className || e.id")
+
+    shown.say("tea")
+    shown.find(".retry").send_keys(Keys.ENTER)
+    shown.wait(lambda: len(told.questions) == 2 and held() == "retry")
+    shown.find(".edit").send_keys(Keys.ENTER)
+    shown.find(".editor textarea").send_keys("cup", Keys.ESCAPE)
+    assert held() == "edit"
+    assert shown.texts(".turn .body") == ["tea", "You said tea."]
+    shown.find(".edit").send_keys(Keys.ENTER)
+    shown.find(".editor textarea").send_keys("cup", Keys.ENTER)
+    shown.wait(lambda: len(told.questions) == 3 and held() == "retry")
+    shown.type("more")
+    shown.wait(lambda: len(told.questions) == 4)
+    shown.wait_for_reply()
+    assert held() == "draft"
+
+
+def test_a_server_that_asks_for_a_key_is_given_it_in_the_drawer(chromium, told):
+    with serve(build_session(), batcher=told, web=True, key="sesame") as address:
+        page = Page(chromium, address)
+        assert page.texts("#why") == ["This server asks for its key."]
+        chromium.switch_to.active_element.send_keys("sesame", Keys.ENTER)
+        page.wait(page.knows_model)
+        page.say("tea")
+        assert page.texts(".turn .body") == ["tea", "You said tea."]
+        page.find("#open-drawer").click()
+        assert page.texts("#why") == [""]
 
 
 def test_stop_keeps_what_came_and_frees_the_server(shown, told):

@@ -4,6 +4,7 @@
 const $ = (id) => document.getElementById(id);
 const CHATS = "firstwords.chats", SETTINGS = "firstwords.settings", THEME = "firstwords.theme", KEY = "firstwords.key";
 const NUMBERS = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "max_tokens"];
+const NO_KEY = "This server asks for its key.";
 const MAX_SENT = 400; // turns: more than any context holds, and less than the server's limit
 
 let chats = [], current = null, settings = {}, model = null, writing = null, deleted = null;
@@ -272,7 +273,7 @@ function headers() {
 async function fetchModel() {
   try {
     const answer = await fetch("/v1/models", { headers: headers() });
-    if (answer.status === 401) { tell("This server asks for its key.", true); openDrawer("key"); return; }
+    if (answer.status === 401) { tell(NO_KEY, true); openDrawer("key", NO_KEY); return; }
     model = (await answer.json()).data[0];
     const weights = model.parameters >= 1e6 ? `${(model.parameters / 1e6).toFixed(1)} million` : count(model.parameters);
     const step = Number.isInteger(model.step) ? `, step ${count(model.step)}` : "";
@@ -300,6 +301,8 @@ async function ask() {
   keepChats();
   show();
   setBusy(true);
+  // The button or the editor that asked is gone with its turn: its place is where one can stop.
+  if (document.activeElement === document.body) $("stop").focus();
   const paint = paintLater(chat, reply);
   try {
     const answer = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body: request, signal: control.signal });
@@ -326,11 +329,13 @@ function finish(chat, reply, text, isError = false) {
     chat.turns.splice(chat.turns.indexOf(reply), 1);
     if (!text) text = "The model said nothing.";
   }
+  const waited = document.activeElement === $("stop");
   if (writing?.chat === chat) { writing = null; setBusy(false); }
   keepChats();
   // Read aloud once and whole, not at every token.
   $("voice").textContent = reply.content;
   if (chat === current) { show(); if (text) tell(text, isError); }
+  if (waited) ($("log").querySelector(".retry") ?? $("draft")).focus();
 }
 
 function evictionText(chat) {
@@ -404,10 +409,11 @@ function retry() {
 function editTurn(place) {
   if (writing) return;
   const shown = $("log").children[place];
+  const leave = () => { show(); $("log").children[place].querySelector(".edit").focus(); };
   const field = make("textarea", { value: current.turns[place].content, rows: 3 });
   field.setAttribute("aria-label", "Edit the message");
   const form = make("form", { className: "editor" }, field, make("div", {},
-    button("Cancel", "", show, "cancel"), make("button", { type: "submit", textContent: "Send" })));
+    button("Cancel", "", leave, "cancel"), make("button", { type: "submit", textContent: "Send" })));
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     if (!field.value.trim() || writing) return;
@@ -415,7 +421,7 @@ function editTurn(place) {
     ask();
   });
   form.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") { event.stopPropagation(); show(); }
+    if (event.key === "Escape") { event.stopPropagation(); leave(); }
     if (sends(event)) { event.preventDefault(); form.requestSubmit(); }
   });
   shown.replaceChildren(form);
@@ -451,8 +457,9 @@ function startTheme() {
   });
 }
 
-function openDrawer(field) {
+function openDrawer(field, why = "") {
   const form = $("settings").elements;
+  $("why").textContent = why;
   form.system.value = settings.system ?? "";
   for (const name of NUMBERS) form[name].value = settings[name] ?? "";
   form.key.value = sessionStorage.getItem(KEY) ?? "";
