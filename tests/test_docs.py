@@ -20,6 +20,7 @@ from transformers import TrainingArguments
 
 import evaluate
 import export
+import firstwords
 import inference
 import prep_data
 import prep_text_corpus
@@ -541,7 +542,10 @@ def test_module_table_is_the_package():
     package = ROOT / "firstwords"
     modules = {path.stem for path in package.glob("*.py")} - {"__init__"}
     modules |= {path.parent.name for path in package.glob("*/__init__.py")}
-    assert {row[0] for row in read_table("README.md", "module")} == modules
+    listed = [row[0] for row in read_table("README.md", "module")]
+    assert set(listed) == modules
+    floors = re.findall(r"^    \d  (\w+)  ", firstwords.__doc__, re.M)
+    assert listed == ["errors", "args", "atomic", *floors], "they stand in the order of the floors"
 
 
 def test_script_table_is_the_root():
