@@ -6,6 +6,7 @@ size of files stands for it.
 
 import shutil
 import subprocess
+from contextlib import contextmanager
 from pathlib import Path
 
 import broken
@@ -71,6 +72,24 @@ def check_what_was_saved(run, steps):
     assert list(run.glob(".staging*")) == []
 
 
+def check_goes_on(disk, words, run, implementation, whole):
+    """When there is room again, the run ends as the one that nothing happened to."""
+    nursery, _, seen = disk
+    (seen / "of-others").unlink(missing_ok=True)
+    assert nursery.run(words, implementation) == (0, "")
+    assert hash_weights(seen / run, 8) == whole[0]
+
+
+@contextmanager
+def given_back(seen, run):
+    """Leave the small disk empty for the next test."""
+    try:
+        yield
+    finally:
+        (seen / "of-others").unlink(missing_ok=True)
+        shutil.rmtree(seen / run, ignore_errors=True)
+
+
 # --- 9: the disk is full
 
 
@@ -80,17 +99,12 @@ def test_a_disk_of_any_size_keeps_what_was_saved(disk, build, whole, implementat
     nursery, inside, seen = disk
     left, run = int(share * whole[1]), f"run-{implementation.__name__}-{share}"
     fill = ("fill_disk", inside, left) if inside != seen else ("limit_files", max(left // 2, 20_000))
-    try:
+    with given_back(seen, run):
         code, errors = nursery.run(build(inside / run), implementation, (in_step, 4, *fill))
         assert code == 74
         assert "saving failed" in errors
         check_what_was_saved(seen / run, (4, 2))
-        (seen / "of-others").unlink(missing_ok=True)
-        assert nursery.run(build(inside / run), implementation) == (0, "")
-        assert hash_weights(seen / run, 8) == whole[0]
-    finally:
-        (seen / "of-others").unlink(missing_ok=True)
-        shutil.rmtree(seen / run, ignore_errors=True)
+        check_goes_on(disk, build(inside / run), run, implementation, whole)
 
 
 @beside(ours, broken.stock_trainer)
@@ -99,16 +113,11 @@ def test_a_disk_that_fills_after_the_last_save_ends_with_74(disk, build, whole, 
     run = f"last-{implementation.__name__}"
     fill = ("fill_disk", inside, 20_000) if inside != seen else ("limit_files", 20_000)
     after = (before_publishing, *fill)
-    try:
+    with given_back(seen, run):
         code, errors = nursery.run(build(inside / run), implementation, after)
         assert (code, errors.count("\n")) == (74, 1)
         check_what_was_saved(seen / run, (8, 6))
-        (seen / "of-others").unlink(missing_ok=True)
-        assert nursery.run(build(inside / run), implementation) == (0, "")
-        assert hash_weights(seen / run, 8) == whole[0]
-    finally:
-        (seen / "of-others").unlink(missing_ok=True)
-        shutil.rmtree(seen / run, ignore_errors=True)
+        check_goes_on(disk, build(inside / run), run, implementation, whole)
 
 
 @beside(ours, broken.stock_trainer)
