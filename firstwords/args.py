@@ -347,7 +347,7 @@ def check_given(flags: TrainFlags, origins: dict[str, str]) -> None:
         if is_said and not (is_flag and origins.get(name) == "recipe"):
             raise BadFlag(
                 f"--{name}: is {getattr(flags, name)}, but --batch_tokens {flags.batch_tokens} chooses it; "
-                "leave one of them out"
+                "leave one of them out; --vram_gb makes it choose less"
             )
     if flags.batch_tokens < flags.seq_len or flags.batch_tokens % flags.seq_len:
         rows = max(1, round(flags.batch_tokens / flags.seq_len))

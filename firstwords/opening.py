@@ -121,7 +121,7 @@ def choose_device(flags: TrainFlags, extra: dict) -> str:
     """
     device = find_device(flags.device)
     if flags.bf16 and not has_bf16(device):
-        raise BadFlag(f"--bf16: this {device} cannot compute in bfloat16; leave it out")
+        raise BadFlag(f"--bf16: this {device} cannot compute in bfloat16; use --no_bf16")
     if asks_fsdp(extra) and device != "cuda":
         raise BadFlag(f"--device {device}: FSDP needs GPUs; take configs/accelerate/ddp.yaml or torchrun")
     if asks_fsdp(extra) and flags.optim == "muon":

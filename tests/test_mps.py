@@ -71,7 +71,7 @@ def test_bf16_is_refused_on_it_and_never_left_out_in_silence(data, monkeypatch):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     words = build_flags(data / "chats", data / "run", data / "c.json", device="mps", bf16=True)
     code, errors = run_script(train, words)
-    assert (code, errors) == (2, "error: --bf16: this mps cannot compute in bfloat16; leave it out\n")
+    assert (code, errors) == (2, "error: --bf16: this mps cannot compute in bfloat16; use --no_bf16\n")
 
 
 @pytest.fixture

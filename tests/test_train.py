@@ -149,7 +149,7 @@ def test_a_folder_that_was_there_stays_there(home, tmp_path):
 def test_bf16_where_it_cannot_be_had_is_refused(home, tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "has_bf16", lambda device: False)
     code, errors = go(home, tmp_path / "run", bf16=True)
-    assert (code, errors) == (2, "error: --bf16: this cpu cannot compute in bfloat16; leave it out\n")
+    assert (code, errors) == (2, "error: --bf16: this cpu cannot compute in bfloat16; use --no_bf16\n")
     assert not (tmp_path / "run").exists()
 
 
