@@ -40,6 +40,7 @@ another. `errors` and `atomic` stand below all of them, `args` beside. Floors 0 
     5  loss         model and rows of tokens -> the loss by tokens
     5  history      a run folder -> all that its files tell
     5  baselines    prepared data -> what counting alone would score
+    6  log          what a run says -> train.log, TensorBoard, the screen
     6  score        questions with known answers -> marks
     6  server       a model -> an API that speaks OpenAI's words, and a page to chat on
     6  repl         lines of a chat: questions and commands

@@ -18,11 +18,12 @@ from firstwords.args import TrainFlags
 from firstwords.dataset import TokenWindows
 from firstwords.errors import Mismatch, MissingInput
 from firstwords.health import Check, iter_checks, read_checks
+from firstwords.log import RunLog
 from firstwords.pace import KeepPace
 from firstwords.samples import build_speaker, find_beginnings
 from firstwords.tasks import HELLASWAG, Item, parse_eval_tasks, read_hellaswag
 from firstwords.tokenizer import Tokenizer, load_tokenizer
-from firstwords.trainer import LastStep, PendingLoss, RunLog, RunTrainer, StopOnSignal, Throughput
+from firstwords.trainer import LastStep, PendingLoss, RunTrainer, StopOnSignal, Throughput
 
 # Asked at each evaluation, and read of stage A's text: about a second each on a GPU.
 HEALTH_PROMPTS, KEPT_TOKENS = 32, 65_536

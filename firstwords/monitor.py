@@ -38,7 +38,7 @@ class AtEvaluation(TrainerCallback):
     """Look at the model after each evaluation, in eval mode, in the first process alone.
 
     Args:
-        log: a `trainer.RunLog`; `say` writes a line, `writer` numbers and texts.
+        log: a `log.RunLog`; `say` writes a line, `writer` numbers and texts.
     """
 
     def __init__(self, log):

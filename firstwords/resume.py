@@ -16,13 +16,14 @@ from pathlib import Path
 from firstwords import checkpoint
 from firstwords.args import CHOSEN_BY_TOKENS, TrainFlags
 from firstwords.errors import CannotCreate, Mismatch, MissingInput, Stopped
+from firstwords.log import RunLog
 from firstwords.model import CONFIG_KEYS
 from firstwords.opening import Opened
 from firstwords.pace import Pace
 from firstwords.prep import find_report
 from firstwords.ranks import Ranks
 from firstwords.signals import COOLDOWN, STOP
-from firstwords.trainer import RunLog, RunMeta, RunTrainer, rows_per_step
+from firstwords.trainer import RunMeta, RunTrainer, rows_per_step
 
 # Flags that do not change what is computed at a step, so that a resumed run may change them.
 FREE_FLAGS = {

@@ -15,7 +15,7 @@ import transformers
 from torch.utils.tensorboard import SummaryWriter
 from transformers.trainer_utils import get_last_checkpoint
 
-from firstwords import atomic, checkpoint, dataset, opening, signals, trainer
+from firstwords import atomic, checkpoint, dataset, log, opening, signals, trainer
 from firstwords.args import parse_train_args
 from firstwords.model import GPT2LMHeadModel, build_model
 from firstwords.tokenizer import load_tokenizer
@@ -62,7 +62,7 @@ def chance_forgotten():
 
 def prints_to_the_end():
     """Speak by a plain `print`."""
-    trainer.print_line = lambda text, stream: print(text, file=stream, flush=True)
+    log.print_line = trainer.print_line = lambda text, stream: print(text, file=stream, flush=True)
 
 
 def hangup_always_caught():
@@ -110,7 +110,7 @@ def model_in_place():
 
 def events_not_purged():
     """Write TensorBoard's events without a word about the steps that come again."""
-    trainer.EventWriter.__init__ = lambda self, folder, purge_step: (
+    log.EventWriter.__init__ = lambda self, folder, purge_step: (
         setattr(self, "_folder", folder) or setattr(self, "_writer", SummaryWriter(str(folder)))
     )
 

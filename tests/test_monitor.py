@@ -26,11 +26,12 @@ from firstwords import monitor
 from firstwords.checkpoint import list_checkpoints, load_model
 from firstwords.dataset import TokenWindows
 from firstwords.errors import BadFlag
+from firstwords.log import RunLog
 from firstwords.loss import evaluate_loss
 from firstwords.samples import build_speaker, parse_samples
 from firstwords.schema import mask_control
 from firstwords.tokenstore import open_store
-from firstwords.trainer import RunLog, StopOnSignal
+from firstwords.trainer import StopOnSignal
 
 WEIGHTS = ("model.safetensors", "optimizer.pt", "rng_state.pth", "trainer_state.json")
 

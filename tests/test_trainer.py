@@ -19,7 +19,9 @@ from firstwords import trainer
 from firstwords.args import TrainFlags
 from firstwords.checkpoint import list_checkpoints, read_manifest, verify
 from firstwords.errors import BadFlag, Diverged, IOFailed
+from firstwords.log import format_line
 from firstwords.loss import evaluate_loss
+from firstwords.pace import format_seconds
 from firstwords.signals import StopWish
 from firstwords.trainer import (
     StopOnSignal,
@@ -27,8 +29,6 @@ from firstwords.trainer import (
     build_training_arguments,
     choose_optimizer,
     count_steps,
-    format_line,
-    format_seconds,
 )
 
 PLACE_KEYS = {"tokens_seen", "epoch", "step"}
