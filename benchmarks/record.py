@@ -209,13 +209,21 @@ def format_table() -> str:
 
 
 def format_curves() -> str:
-    """Return a Markdown table of the val losses that bench_loss.py wrote: a line for each arm and length."""
+    """Return a Markdown table of the val losses that bench_loss.py wrote: a line for each arm and length.
+
+    Both rows of a case may hold the same arm; it is shown once, with the first of them.
+    """
     places = ("at 1/4", "at 1/2", "at 3/4", "at the end")
     lines = [f"| row | arm-steps | tokens | {' | '.join(places)} |", "|---" * 7 + "|"]
-    for row in ROWS:
+    shown = set()
+    for row in (row for row in ROWS if row.startswith("tokens_")):
         path = RESULTS / f"{row}.json"
         result = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        for arm, curves in result.get("losses", {}).items() if row.endswith("_vs_nanogpt") else ():
+        case = row.partition("_vs_")[0]
+        for arm, curves in result.get("losses", {}).items():
+            if (case, arm) in shown:
+                continue
+            shown.add((case, arm))
             tokens = result["tokens_per_step"] * max(map(int, curves[0]))
             spreads = [format_spread(values) for values in zip(*(c.values() for c in curves), strict=True)]
             lines.append(f"| {row} | {arm} | {tokens:,} | {' | '.join(spreads)} |")

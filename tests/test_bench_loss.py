@@ -74,6 +74,16 @@ def test_the_rows_say_after_which_share_of_the_tokens_the_loss_is_reached(tmp_pa
     }
     losses = "2.200 (2.100 to 2.300) | 1.850 (1.750 to 1.900)"
     assert f"| tokens_cpu_shape_vs_nanogpt | ours-500 | 384,000 | {losses} |" in record.format_curves()
+    assert record.format_curves().count("| ours-500 |") == 1
+
+
+def test_the_curve_of_a_rival_that_was_measured_apart_is_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    for rival in bench_loss.RIVALS:
+        case = bench_loss.keep_arms(bench_loss.CASES["cpu_shape"], ("ours", rival))
+        losses = {arm: curves for arm, curves in LOSSES.items() if arm.startswith(("ours", rival))}
+        bench_loss.write_rows("cpu_shape", case, losses)
+    assert record.format_curves().count("| adamw-2000 |") == 1
 
 
 def test_rivals_that_are_not_asked_for_are_left_out():
