@@ -237,8 +237,9 @@ def measure_chat(row: str, args, *, ours_bf16: bool, rival_bf16: bool) -> None:
 
 def compare(row: str, args, ours, rival, settings: dict) -> dict:
     """Measure two sides in turn, and write the row."""
-    ours.settle()
+    # A foreign script has to be stopped at its warm-up's end: what it does after that would be timed.
     rival.settle()
+    ours.settle()
     result = measure_pairs(ours.run, rival.run, args.pairs, kept=RESULTS / f"{row}.pairs")
     losses = {"ours": ours.figures[-1]["loss"], "rival": rival.figures[-1]["loss"]}
     if "optim" in rival.figures[-1]:
