@@ -22,7 +22,7 @@ from firstwords.log import RunLog
 from firstwords.pace import KeepPace
 from firstwords.samples import build_speaker, find_beginnings
 from firstwords.tasks import HELLASWAG, Item, parse_eval_tasks, read_hellaswag
-from firstwords.tokenizer import Tokenizer, load_tokenizer
+from firstwords.tokenizer import Tokenizer, has_other_tokenizer
 from firstwords.trainer import LastStep, PendingLoss, RunTrainer, StopOnSignal, Throughput
 
 # Asked at each evaluation, and read of stage A's text: about a second each on a GPU.
@@ -134,7 +134,7 @@ def open_kept_text(
         if flags.keep_text is None:
             return None, None
         raise MissingInput(f"--keep_text {folder}: is no token store; name the folder that stage A read")
-    if (folder / "tokenizer.json").is_file() and load_tokenizer(folder).hash != tokenizer.hash:
+    if has_other_tokenizer(folder, tokenizer):
         raise Mismatch(f"--keep_text {folder}: made by another tokenizer than the data; leave it out")
     tokens = tokenstore.open_store(folder, "val").tokens[:KEPT_TOKENS]
     return TokenWindows(tokens, tokenizer, flags.seq_len), None

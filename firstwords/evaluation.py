@@ -27,7 +27,7 @@ from firstwords.schema import RowError, format_row
 from firstwords.score import answer_questions, score_answers
 from firstwords.session import ChatSession
 from firstwords.sources import read_texts
-from firstwords.tokenizer import Tokenizer, load_tokenizer
+from firstwords.tokenizer import Tokenizer, has_other_tokenizer, load_tokenizer
 
 # First questions of the val set that are asked for `health`.
 NUM_ASKED = 128
@@ -210,7 +210,7 @@ def read_both(
 
 def check_tokenizer(data_dir: Path, tokenizer: Tokenizer) -> None:
     """Raise `Mismatch` when the data say that another tokenizer made them."""
-    if (data_dir / "tokenizer.json").is_file() and load_tokenizer(data_dir).hash != tokenizer.hash:
+    if has_other_tokenizer(data_dir, tokenizer):
         raise Mismatch(f"--data_dir {data_dir}: made by another tokenizer; prepare it with the model's")
 
 

@@ -118,8 +118,8 @@ def mark_choices(flags: TrainFlags, origins: dict[str, str]) -> dict[str, str]:
 
 def gather_facts(flags: TrainFlags, opened: Opened, meta: RunMeta) -> dict:
     """Return what the sentences name beside the flags, see `WORDS`."""
-    steps, hours, data = opened.max_steps, flags.hours, opened.train_set
-    epochs = steps * meta.tokens_per_step / (data.rows_per_epoch * data.tokens_per_row)
+    steps, hours = opened.max_steps, flags.hours
+    epochs = steps * meta.tokens_per_step / opened.tokens_per_epoch
     return {
         "rows": rows_per_step(flags),
         "tokens": meta.tokens_per_step,

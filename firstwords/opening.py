@@ -34,7 +34,7 @@ from firstwords.model import (
 from firstwords.model.attention import check_attention
 from firstwords.ranks import Ranks, count_local, find_local
 from firstwords.recompute import set_recompute
-from firstwords.tokenizer import Tokenizer, load_tokenizer
+from firstwords.tokenizer import Tokenizer, has_other_tokenizer, load_tokenizer
 from firstwords.trainer import RunMeta, RunTrainer, build_training_arguments, choose_optimizer, count_steps
 
 MODELS = Path(__file__).parents[1] / "configs" / "models"
@@ -57,6 +57,11 @@ class Opened:
     val_set: Dataset
     max_steps: int
     room: Room
+
+    @property
+    def tokens_per_epoch(self) -> float:
+        """Real tokens of the training data, padding not counted."""
+        return self.train_set.rows_per_epoch * self.train_set.tokens_per_row
 
 
 def open_run(flags: TrainFlags, extra: dict, ranks: Ranks, say: Callable[[str], None]) -> Opened:
@@ -197,8 +202,7 @@ def open_tokenizer(flags: TrainFlags) -> Tokenizer:
             "made the data with --tokenizer"
         )
     tokenizer = load_tokenizer(folder)
-    has_own = (flags.data_dir / "tokenizer.json").is_file()
-    if has_own and load_tokenizer(flags.data_dir).hash != tokenizer.hash:
+    if has_other_tokenizer(flags.data_dir, tokenizer):
         raise Mismatch(f"--tokenizer {folder}: is not the one in {flags.data_dir}; leave it out")
     return tokenizer
 

@@ -33,7 +33,7 @@ from firstwords.opening import Opened, build_run
 from firstwords.pace import Pace, format_seconds
 from firstwords.ranks import Ranks
 from firstwords.signals import StopWish
-from firstwords.trainer import RunMeta, RunTrainer
+from firstwords.trainer import RunMeta, RunTrainer, find_eval_steps
 
 # Beside the weights and the optimizer's state: tokenizer, logs, and what the file system takes for itself.
 MARGIN, SMALL_FILES = 1.02, 16 << 20
@@ -117,7 +117,7 @@ class Forecast:
 
 def build_forecast(flags: TrainFlags, opened: Opened, meta: RunMeta, pace: Pace, steps_done: int) -> Forecast:
     """Return what the run will take, but for the speed; `pace` knows what ends it, also of a cooldown."""
-    train_set, saves = opened.train_set, count_saves(flags, opened)
+    saves = count_saves(flags, opened)
     by_clock = pace.hours is not None and pace.cooldown is None
     return Forecast(
         parameters=opened.model.num_parameters(),
@@ -128,9 +128,9 @@ def build_forecast(flags: TrainFlags, opened: Opened, meta: RunMeta, pace: Pace,
         steps_done=steps_done,
         hours=max(0.0, pace.hours - pace.hours_spent) if by_clock else None,
         tokens_per_step=meta.tokens_per_step,
-        tokens_per_epoch=train_set.rows_per_epoch * train_set.tokens_per_row,
+        tokens_per_epoch=opened.tokens_per_epoch,
         kind="text" if tokenstore.is_store(flags.data_dir) else "conversations",
-        eval_steps=flags.save_steps if flags.eval_steps is None else flags.eval_steps,
+        eval_steps=find_eval_steps(flags),
         checkpoint_bytes=saves["model_bytes"] + saves["state_bytes"],
         disk_bytes=count_disk_bytes(**saves),
         disk_free=find_free_disk(flags.model_dir),

@@ -260,6 +260,11 @@ def build_char(texts: Iterable[str]) -> Tokenizer:
     return Tokenizer(CHARACTERS, [character.encode() for character in sorted(characters)])
 
 
+def has_other_tokenizer(folder: Path, tokenizer: Tokenizer) -> bool:
+    """Tell whether a folder's data were made by another one; of a folder that holds none nobody knows."""
+    return (folder / "tokenizer.json").is_file() and load_tokenizer(folder).hash != tokenizer.hash
+
+
 def load_tokenizer(name: str | Path) -> Tokenizer:
     """Load from a folder with the files of a tokenizer, from a `.tiktoken` file, or from the Hub.
 

@@ -73,6 +73,11 @@ def count_steps(flags: TrainFlags, rows_per_epoch: int) -> int:
     return steps
 
 
+def find_eval_steps(flags: TrainFlags) -> int:
+    """Return the optimizer steps between evaluations, 0 for none; without the flag each save has one."""
+    return flags.save_steps if flags.eval_steps is None else flags.eval_steps
+
+
 def rows_per_step(flags: TrainFlags) -> int:
     """Return the rows in an optimizer step, over micro-batches and processes: the same for any number."""
     return flags.batch_size * flags.grad_accum
@@ -125,7 +130,7 @@ def build_training_arguments(
                 f"--{name}: the finished model is that of the last step; leave it out, and give the "
                 "checkpoint-<step> that you like best to --model_dir or --init_model_dir of what comes next"
             )
-    eval_steps = flags.save_steps if flags.eval_steps is None else flags.eval_steps
+    eval_steps = find_eval_steps(flags)
     ours = {
         "output_dir": str(flags.model_dir),
         "per_device_train_batch_size": flags.batch_size,

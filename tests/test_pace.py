@@ -31,13 +31,15 @@ def go(home, run, **flags):
     return run_script(train, build_flags(home / "chats", run, home / "c.json", **quick | flags))
 
 
-def touch_at(monkeypatch, run, **files):
-    """Make each file just before the step (from 1) that is given with it."""
+def touch_at(monkeypatch, run, *, interrupt=None, **files):
+    """Make each file just before the step (from 1) that is given with it; interrupt the run before one."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         for name, step in files.items():
             if state.global_step + 1 == step:
                 (run / name).touch()
+        if state.global_step + 1 == interrupt:
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(StopOnSignal, "on_step_begin", on_step_begin)
 
@@ -107,14 +109,7 @@ def test_a_cooldown_goes_on_after_a_stop_bit_for_bit(home, tmp_path, monkeypatch
 
 def test_a_kill_right_after_a_cooldown_began_does_not_undo_it(home, tmp_path, monkeypatch):
     run = tmp_path / "run"
-
-    def die(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            (run / "COOLDOWN").touch()
-        if state.global_step == 7:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(StopOnSignal, "on_step_begin", die)
+    touch_at(monkeypatch, run, interrupt=8, COOLDOWN=6)
     assert go(home, run, max_steps=99, decay_steps=4, save_steps=50)[0] == 130
     monkeypatch.undo()
     assert [folder.name for folder in list_checkpoints(run)] == ["checkpoint-6"]
@@ -131,14 +126,8 @@ def test_a_cooldown_whose_save_failed_is_still_asked_for_after_a_kill(home, tmp_
             raise IOFailed("no space left on device")
         publish(staging, *args, **kwargs)
 
-    def die(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            (run / "COOLDOWN").touch()
-        if state.global_step == 7:
-            raise KeyboardInterrupt
-
     monkeypatch.setattr(checkpoint, "publish", fail_at_6)
-    monkeypatch.setattr(StopOnSignal, "on_step_begin", die)
+    touch_at(monkeypatch, run, interrupt=8, COOLDOWN=6)
     assert go(home, run, max_steps=99, decay_steps=4)[0] == 130
     monkeypatch.undo()
     assert [folder.name for folder in list_checkpoints(run)] == ["checkpoint-5"]
@@ -160,13 +149,7 @@ def test_a_cooldown_never_ends_behind_the_end_there_was(decay, step, steps):
 
 def test_what_is_foreseen_of_a_resumed_run_ends_with_its_cooldown(home, tmp_path, monkeypatch, capsys):
     run, flags = tmp_path / "run", {"max_steps": 99, "decay_steps": 4}
-
-    def cool_and_stop(self, args, state, control, **kwargs):
-        for step, name in ((5, "COOLDOWN"), (7, "STOP")):
-            if state.global_step == step:
-                (run / name).touch()
-
-    monkeypatch.setattr(StopOnSignal, "on_step_begin", cool_and_stop)
+    touch_at(monkeypatch, run, COOLDOWN=6, STOP=8)
     assert go(home, run, **flags)[0] == 75
     monkeypatch.undo()
     capsys.readouterr()
