@@ -14,6 +14,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, reduce
 from pathlib import Path
 
 import numpy as np
@@ -193,19 +194,25 @@ def permute(index: int, count: int, *, seed: int, epoch: int) -> int:
     mask = (1 << half) - 1
     while True:
         left, right = index >> half, index & mask
-        for key in range(1, 5):
-            left, right = right, left ^ (_mix(seed, epoch, key, right) & mask)
+        for key in _round_keys(seed, epoch):
+            left, right = right, left ^ (_stir(key, right) & mask)
         index = left << half | right
         if index < count:
             return index
 
 
+@lru_cache(maxsize=4)
+def _round_keys(seed: int, epoch: int) -> tuple[int, ...]:
+    return tuple(_mix(seed, epoch, key) for key in range(1, 5))
+
+
 def _mix(*words: int) -> int:
-    # splitmix64's finaliser over each word (Steele et al. 2014): cheap, and the same everywhere.
-    state = 0
-    for word in words:
-        state = (state + word + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state
+    return reduce(_stir, words, 0)
+
+
+def _stir(state: int, word: int) -> int:
+    # splitmix64's finaliser (Steele et al. 2014): cheap, and the same everywhere.
+    state = (state + word + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+    state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+    return state ^ state >> 31

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithCrossAttentions
 from firstwords.errors import BadFlag, MissingInput, suggest
 from firstwords.model import attention
 from firstwords.model.cross_entropy import IGNORED, find_learned, sum_learned
+from firstwords.model.gelu import Gelu
 from firstwords.tokenizer import Tokenizer
 
 # What a model configuration of ours may say. Everything else (sizes of the vocabulary, special ids, kernel
@@ -53,6 +54,9 @@ class GPT2LMHeadModel(transformers.GPT2LMHeadModel):
         super().__init__(config)
         self.attention = "auto"
         config._attn_implementation = attention.NAME
+        if config.activation_function == "gelu_pytorch_tanh":
+            for block in self.transformer.h:
+                block.mlp.act = Gelu()
 
     def forward(
         self,
