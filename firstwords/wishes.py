@@ -7,12 +7,13 @@ Invariant: what would be left out, or computed otherwise, without a word is refu
 
 import os
 import shutil
+import sys
 from importlib.util import find_spec
 
 from transformers import Trainer, TrainingArguments
 
 from firstwords.args import TrainFlags
-from firstwords.errors import BadFlag
+from firstwords.errors import BadFlag, suggest
 
 # Fields of `TrainingArguments` that this trainer cannot do, and why.
 REFUSED = {
@@ -22,6 +23,10 @@ REFUSED = {
     "conversations; leave it out",
     "save_only_model": "such a run could not be gone on with; leave it out",
 }
+# Given any of these, Trainer compiles.
+COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+# What compiles a training with torch alone; the others that accelerate knows need packages, or only infer.
+BACKENDS = ("inductor", "cudagraphs", "aot_eager", "eager")
 
 
 def check_wishes(flags: TrainFlags, extra: dict) -> None:
@@ -37,8 +42,11 @@ def check_wishes(flags: TrainFlags, extra: dict) -> None:
     for name, why in REFUSED.items():
         if extra.get(name):
             raise BadFlag(f"--{name}: {why}")
-    if extra.get("torch_compile"):
-        _check_compiler(flags.device, extra.get("torch_compile_backend") or "inductor")
+    wished = {name: extra[name] for name in COMPILE if extra.get(name) not in (None, False)}
+    if wished:
+        backend = wished.get("torch_compile_backend", "inductor").lower()  # as accelerate reads it
+        _check_backend(flags.device, backend, wished.get("torch_compile_mode", "default"))
+        _check_compiler(flags.device, backend)
     _check_launcher(flags)
 
 
@@ -55,13 +63,39 @@ def check_optimizer(arguments: TrainingArguments) -> None:
         raise BadFlag(f"--optim {arguments.optim.value}: {why}; or use adamw_torch_fused") from None
 
 
+def _check_backend(device: str, backend: str, mode: str) -> None:
+    if backend not in BACKENDS:
+        raise BadFlag(f"--torch_compile_backend {backend}: is not known; {suggest(backend, BACKENDS)}")
+    if backend == "cudagraphs" and device != "cuda":
+        raise BadFlag(
+            f"--torch_compile_backend cudagraphs: on {device} nothing would be compiled; leave it out"
+        )
+    if mode == "default":
+        return
+    if backend != "inductor":
+        raise BadFlag(f"--torch_compile_mode {mode}: {backend} has no modes; leave it out")
+    from torch._inductor import list_mode_options
+
+    if mode not in list_mode_options():
+        raise BadFlag(f"--torch_compile_mode {mode}: is not known; {suggest(mode, list_mode_options())}")
+
+
 def _check_compiler(device: str, backend: str) -> None:
     if backend != "inductor":
         return
     if device == "cuda" and find_spec("triton") is None:
         raise BadFlag("--torch_compile: triton is not installed; pip install triton")
-    if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
-        raise BadFlag("--torch_compile: there is no C++ compiler; apt-get install g++")
+    kind, package = ("C", "gcc") if device == "cuda" else ("C++", "g++")
+    if not any(map(shutil.which, _name_compilers(device))):
+        raise BadFlag(f"--torch_compile: there is no {kind} compiler; apt-get install {package}")
+
+
+def _name_compilers(device: str) -> list[str]:
+    # On a GPU Triton builds the launchers of its kernels (triton/runtime/build.py), on a CPU torch its
+    # kernels (torch/_inductor/config.py, `cpp.cxx`).
+    if device == "cuda":
+        return [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return [os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")]
 
 
 def _check_launcher(flags: TrainFlags) -> None:
@@ -71,3 +105,8 @@ def _check_launcher(flags: TrainFlags) -> None:
         raise BadFlag("--mixed_precision fp8: nothing is computed in fp8 here, with any package; use --bf16")
     if wished not in ("no", "bf16") or wished == "bf16" and not flags.bf16:
         raise BadFlag(f"--mixed_precision {wished}: give accelerate none, and train.py --bf16 or not")
+    # So it says --dynamo_backend and what goes with it; with any of them Trainer's accelerate would compile.
+    for name, value in sorted(os.environ.items()):
+        if name.startswith("ACCELERATE_DYNAMO_") and value.lower() not in ("", "no", "default", "false"):
+            flag = name.removeprefix("ACCELERATE_").lower()
+            raise BadFlag(f"--{flag} {value}: give accelerate none, and train.py --torch_compile or not")

@@ -7,6 +7,7 @@ from tiny import build_flags, invent_talks, run_script, write_chats, write_confi
 
 import train
 from firstwords import wishes
+from firstwords.args import TrainFlags
 
 
 @pytest.fixture(scope="module")
@@ -48,10 +49,34 @@ def test_eight_bits_without_bitsandbytes_name_the_package(home, tmp_path, monkey
     assert "pip install -U bitsandbytes" in refuse(home, tmp_path, optim="adamw_bnb_8bit")
 
 
-def test_compile_without_a_compiler(home, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "flags",
+    [{"torch_compile": True}, {"torch_compile_mode": "default"}, {"torch_compile_backend": "inductor"}],
+)
+def test_compile_without_a_compiler(home, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(wishes.shutil, "which", lambda name: None)
     line = "--torch_compile: there is no C++ compiler; apt-get install g++"
-    assert line in refuse(home, tmp_path, torch_compile=True)
+    assert line in refuse(home, tmp_path, **flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ({"torch_compile_backend": "inducter"}, "_backend inducter: is not known; did you mean 'inductor'?"),
+        ({"torch_compile_backend": "no"}, "_backend no: is not known; known: aot_eager, cudagraphs, eager"),
+        ({"torch_compile_backend": "cudagraphs"}, "_backend cudagraphs: on cpu nothing would be compiled"),
+        (
+            {"torch_compile_mode": "max-autotun"},
+            "_mode max-autotun: is not known; did you mean 'max-autotune'?",
+        ),
+        (
+            {"torch_compile_mode": "max-autotune", "torch_compile_backend": "eager"},
+            "_mode max-autotune: eager has no modes",
+        ),
+    ],
+)
+def test_a_way_to_compile_that_there_is_not(home, tmp_path, flags, why):
+    assert f"--torch_compile{why}" in refuse(home, tmp_path, **flags)
 
 
 def test_compile_on_a_gpu_without_triton(monkeypatch):
@@ -65,6 +90,20 @@ def test_a_compiler_may_have_any_name(monkeypatch):
     wishes._check_compiler("cpu", "inductor")
 
 
+def test_a_gpu_takes_a_c_compiler_and_a_cpu_one_for_cpp(monkeypatch):
+    monkeypatch.setattr(wishes, "find_spec", lambda name: name)
+    monkeypatch.setattr(wishes.sys, "platform", "linux")
+    for name in ("CC", "CXX"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(wishes.shutil, "which", {"clang": "/usr/bin/clang"}.get)
+    wishes._check_compiler("cuda", "inductor")
+    monkeypatch.setattr(wishes.shutil, "which", {"clang++": "/usr/bin/clang++"}.get)  # torch asks for g++
+    with pytest.raises(wishes.BadFlag, match="no C compiler; apt-get install gcc"):
+        wishes._check_compiler("cuda", "inductor")
+    with pytest.raises(wishes.BadFlag, match="apt-get install g"):
+        wishes._check_compiler("cpu", "inductor")
+
+
 @pytest.mark.parametrize(
     ("wished", "bf16", "why"),
     [
@@ -76,6 +115,20 @@ def test_a_compiler_may_have_any_name(monkeypatch):
 def test_a_precision_that_only_the_launcher_names(home, tmp_path, monkeypatch, wished, bf16, why):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", wished)
     assert f"--mixed_precision {why}" in refuse(home, tmp_path)
+
+
+def test_compile_that_only_the_launcher_names(home, tmp_path, monkeypatch):
+    settings = {"BACKEND": "NO", "MODE": "default", "USE_FULLGRAPH": "False"}
+    for name, value in settings.items():  # as accelerate launch sets them when nobody asks
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
+    wishes.check_wishes(TrainFlags(device="cpu"), {})
+    for name, value in {"BACKEND": "INDUCTOR", "MODE": "max-autotune", "USE_FULLGRAPH": "True"}.items():
+        with monkeypatch.context() as patch:
+            patch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
+            line = (
+                f"--dynamo_{name.lower()} {value}: give accelerate none, and train.py --torch_compile or not"
+            )
+            assert line in refuse(home, tmp_path)
 
 
 def test_a_gpu_that_is_not_there_says_what_it_takes(home, tmp_path, monkeypatch):
