@@ -194,7 +194,8 @@ SIDES = {
 
 def draw_store(folder: Path, num_words: int, num_tokens: int) -> Path:
     """Write a token store of ids drawn as words are in texts, 1/rank; nanoGPT reads its bins as they are."""
-    tokenizer = Tokenizer(CHARACTERS, [chr(0x4E00 + i).encode() for i in range(num_words)])
+    # From 0x20000 on, 4 bytes each in UTF-8: lower planes have surrogates, which are no characters.
+    tokenizer = Tokenizer(CHARACTERS, [chr(0x20000 + i).encode() for i in range(num_words)])
     folder.mkdir()
     tokenizer.save(folder, chat_template=CHAT_TEMPLATE)
     chances = 1 / np.arange(1, num_words + 1)
@@ -203,7 +204,7 @@ def draw_store(folder: Path, num_words: int, num_tokens: int) -> Path:
     for split, share in (("train", 1.0), ("val", 0.1)):
         writer = TokenStoreWriter(folder, split, len(tokenizer))
         ids = draw.choice(num_words, int(num_tokens * share), p=chances / chances.sum())
-        writer.append(ids.tolist(), num_bytes=3 * len(ids), num_documents=1)
+        writer.append(ids.tolist(), num_bytes=4 * len(ids), num_documents=1)
         meta["splits"][split] = writer.close()
     (folder / "corpus.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
