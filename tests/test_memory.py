@@ -14,7 +14,7 @@ from firstwords.memory import (
     measure_step,
     predict_memory,
 )
-from firstwords.model import GPT2LMHeadModel, cross_entropy, read_config
+from firstwords.model import GPT2LMHeadModel, cross_entropy, gelu, read_config
 from firstwords.recompute import LEVELS
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
@@ -96,6 +96,14 @@ def test_the_gradients_of_the_embedding_are_added_in_place(monkeypatch):
     ids = torch.arange(64)[None]
     model(ids, labels=ids).loss.backward()
     assert seen == [model.transformer.wte.weight.grad.data_ptr()]
+
+
+@pytest.mark.parametrize("recompute", LEVELS)
+def test_the_meter_takes_the_gelu_of_a_gpu_in_float32_too(recompute, monkeypatch):
+    """That of a CPU works on a piece at a time: for 124M the meter took seconds."""
+    monkeypatch.setattr(gelu._Gelu, "apply", None)
+    run = {"batch_size": 1, "seq_len": 64, "bf16": False, "recompute": recompute}
+    measure_step(shape("small_test", n_layer=1, vocab_size=128), **run)
 
 
 def test_a_row_of_355m_takes_at_most_600_mib_of_activations():
