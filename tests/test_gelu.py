@@ -55,3 +55,9 @@ def test_without_a_gradient_and_in_16_bits_it_is_torchs_own():
 def test_nothing_is_hidden_of_what_is_no_number():
     y, slope = differentiate(Gelu(), torch.tensor([float("nan"), 1.0]))
     assert y.isnan().tolist() == slope.isnan().tolist() == [True, False]
+
+
+def test_the_range_that_is_promised_is_whole():
+    x = torch.tensor([-1.6e13, 1.6e13])
+    mine, theirs = differentiate(Gelu(), x), differentiate(torch_gelu, x)
+    torch.testing.assert_close(mine, theirs)

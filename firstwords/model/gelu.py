@@ -6,6 +6,9 @@ GELU by tanh (Hendrycks and Gimpel 2016, "Gaussian Error Linear Units", section 
 u = sqrt(2 / pi) (x + 0.044715 x^3), and torch's sigmoid takes a third of the time of its tanh. The slope is
 worked out beside it and kept in place of the input, so that the backward pass is one product. Forward and
 backward of 768 x 512 numbers on 2 cores with AVX2: 0.87 ms, torch's own 1.52; of 2 million: 5.0 and 7.8.
+
+Where x^3 overflows, beyond |x| = 1.6e13, the slope is NaN and torch's is not. To clamp 2 u would cost 4 to
+11 % of that time, for numbers at which no training is sound any more; the NaN ends it.
 """
 
 import math
