@@ -157,6 +157,9 @@ def announce(
 
     def say_pace(seconds, state, control):
         say(format_pace(forecast, seconds, state.max_steps - state.global_step))
+        if forecast.steps is None:  # only now is it known how often hours read the data
+            for line in format_epochs(replace(forecast, speed=Speed(seconds, 0.0))):
+                say(line)
 
     run.add_callback(Probe(say_pace))
 
@@ -204,9 +207,14 @@ def format_table(forecast: Forecast) -> list[str]:
 
 def format_short(forecast: Forecast) -> list[str]:
     """Return what is said before every run: the table without what takes a probe."""
+    lines = [f"  memory: {_format_memory(forecast)}", f"  disk: {_format_disk(forecast)}"]
+    return lines + format_epochs(forecast)
+
+
+def format_epochs(forecast: Forecast) -> list[str]:
+    """Return how often the data are read, and whether that is too often; nothing while that is not known."""
     data = [f"  data: {_format_data(forecast)}"] if forecast.epochs is not None else []
-    lines = [f"  memory: {_format_memory(forecast)}", f"  disk: {_format_disk(forecast)}", *data]
-    return lines + warn_epochs(forecast)
+    return data + warn_epochs(forecast)
 
 
 def format_pace(forecast: Forecast, seconds: float, steps_left: int) -> str:

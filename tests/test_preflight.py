@@ -115,6 +115,19 @@ def test_every_run_says_it_in_short(home, tmp_path, capsys):
     assert out.index("  memory: ") < out.index("  speed: ") < out.index("finished")
 
 
+def test_a_run_by_the_clock_warns_of_data_read_too_often_when_it_knows_its_speed(
+    home, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(preflight, "WARM_UP", 0)
+    monkeypatch.setattr(preflight, "PROBED", 1)
+    monkeypatch.setitem(preflight.MANY_EPOCHS, "conversations", 0)
+    assert go(home, tmp_path / "run", max_steps=None, hours=0.0005) == (0, "")
+    out = capsys.readouterr().out
+    for line in ("  speed: ", "  data: ", "  warning: the same conversations would be read "):
+        assert out.count(line) == 1
+    assert out.index("  speed: ") < out.index("  data: ") < out.index("  warning: ")
+
+
 # --- words
 
 
