@@ -174,7 +174,10 @@ class TrainFlags:
     save_total_limit: int = _flag(2, "checkpoints that are kept, at least 1")
     assistant_only_loss: bool = _flag(True, "learn assistant turns alone; --no_... learns every token")
     overlong: str = _flag("drop", "conversations longer than --seq_len", choices=["drop", "truncate"])
-    optim: str = _flag("adamw_torch_fused", "adamw_torch_fused, muon, adamw_bnb_8bit, or any of Trainer's")
+    optim: str = _flag(
+        "adamw_torch_fused", "adamw_torch_fused, muon, normuon, adamw_bnb_8bit, or any of Trainer's"
+    )
+    muon_momentum: float = _flag(0.95, "of muon and normuon: the weight of the gradients before")
     lr_scheduler_type: str = _flag("cosine", "cosine, warmup_stable_decay, or any of Trainer's")
     decay_steps: float = _flag(0.2, "of warmup_stable_decay: steps of decay; below 1 a share")
     min_lr_ratio: float = _flag(0.0, "where the schedule ends, as a share of --lr")
@@ -302,6 +305,8 @@ def check_flags(flags: TrainFlags) -> None:
             raise BadFlag(f"--{name}: is {getattr(flags, name)}; give {least} or more")
     if flags.hours is not None:
         check_hours(flags)
+    if not 0 <= flags.muon_momentum < 1:
+        raise BadFlag(f"--muon_momentum: is {flags.muon_momentum}; give 0 or more, below 1")
     if not 0 < flags.lr < math.inf:
         raise BadFlag(f"--lr: is {flags.lr}; give a number above 0")
     if flags.epochs is not None and not 0 < flags.epochs < math.inf:

@@ -43,8 +43,10 @@ WORDS = {
     "assistant_only_loss": "Here the loss is taken on {loss_on}.",
     "overlong": "What does not fit a row of {seq_len} tokens is left out, or loses its end.",
     "optim": "It turns gradients into a step. AdamW keeps two averages of each weight; muon makes the "
-    "directions of a matrix alike in size, and learns more from a token; adamw_bnb_8bit keeps AdamW's "
-    "averages in a quarter of the memory.",
+    "directions of a matrix alike in size, normuon its neurons too, and they learn more from a token; "
+    "adamw_bnb_8bit keeps AdamW's averages in a quarter of the memory.",
+    "muon_momentum": "Higher, and a step follows more gradients and later; lower suits small batches. Other "
+    "optimizers do not read it.",
     "lr_scheduler_type": "cosine falls in half a wave over the whole run; warmup_stable_decay stays high and "
     "falls at the end.",
     "decay_steps": "Here {decay}. A cooldown, asked for by touch COOLDOWN in the run folder, takes the same "

@@ -23,6 +23,7 @@ from transformers import GPT2Config
 from firstwords.model import GPT2LMHeadModel, attention, find_inner
 from firstwords.model.cross_entropy import count_rows
 from firstwords.model.gelu import Gelu
+from firstwords.optimizer import MUONS
 from firstwords.recompute import set_recompute
 
 
@@ -87,7 +88,7 @@ def count_state_bytes(config: GPT2Config, optim: str) -> int:
             what is no embedding and no vector.
     """
     weights = count_weights(config)
-    bytes_per_hidden = 4 if optim == "muon" else 2 if "8bit" in optim else 8
+    bytes_per_hidden = 4 if optim in MUONS else 2 if "8bit" in optim else 8
     return weights.hidden * bytes_per_hidden + (weights.total - weights.hidden) * 8
 
 
@@ -163,7 +164,7 @@ def predict_memory(
             workspace=stream + block,
         ),
         Memory(**every, logits=waiting + tied, workspace=stream),
-        Memory(**every, workspace=9 * weights.hidden if optim == "muon" else 0),
+        Memory(**every, workspace=9 * weights.hidden if optim in MUONS else 0),
     ]
     if is_sharded:  # the first process evaluates a copy of the whole
         moments.append(Memory(**held | {"weights": held["weights"] + 4 * weights.total}))

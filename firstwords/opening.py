@@ -32,6 +32,7 @@ from firstwords.model import (
     set_generation,
 )
 from firstwords.model.attention import check_attention
+from firstwords.optimizer import MUONS
 from firstwords.ranks import Ranks, count_local, find_local
 from firstwords.recompute import set_recompute
 from firstwords.tokenizer import Tokenizer, has_other_tokenizer, load_tokenizer
@@ -129,8 +130,10 @@ def choose_device(flags: TrainFlags, extra: dict) -> str:
         raise BadFlag(f"--bf16: this {device} cannot compute in bfloat16; use --no_bf16")
     if asks_fsdp(extra) and device != "cuda":
         raise BadFlag(f"--device {device}: FSDP needs GPUs; take configs/accelerate/ddp.yaml or torchrun")
-    if asks_fsdp(extra) and flags.optim == "muon":
-        raise BadFlag("--optim muon: needs whole matrices, which FSDP cuts; take configs/accelerate/ddp.yaml")
+    if asks_fsdp(extra) and flags.optim in MUONS:
+        raise BadFlag(
+            f"--optim {flags.optim}: needs whole matrices, which FSDP cuts; take configs/accelerate/ddp.yaml"
+        )
     if device == "cuda" and count_local() > cuda.device_count():
         raise BadFlag(
             f"--device cuda: {count_local()} processes were started on this machine, and its GPUs are "

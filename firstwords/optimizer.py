@@ -3,17 +3,20 @@
     optimizer = MuonAdamW(model, lr=1e-2, weight_decay=0.1)
 
 Muon (Jordan et al. 2024) takes the momentum of a matrix and makes all its singular values about 1 before
-it steps, so that no direction is learned much faster than another. Embeddings, norms and biases stay with
-AdamW. Both follow the same rate: a Muon step is scaled to the size of an AdamW step (Liu et al. 2025,
+it steps, so that no direction is learned much faster than another. NorMuon (Li et al. 2025) then divides
+the step of each neuron by its usual size, so that no neuron is either. Embeddings, norms and biases stay
+with AdamW. All follow the same rate: a Muon step is scaled to the size of an AdamW step (Liu et al. 2025,
 section 2.2). Invariant: the state is saved and loaded in full, so a resumed run goes on bit for bit.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 from transformers import GPT2LMHeadModel
 
-MOMENTUM = 0.95
+NEURON_MOMENTUM = 0.95
 NEWTON_SCHULZ_STEPS = 5
 
 
@@ -24,6 +27,7 @@ class MuonAdamW(Optimizer):
         model: its parameters are sorted by name and shape.
         lr: the rate of both.
         weight_decay: decoupled, on matrices and embeddings.
+        momentum: of Muon, the weight of the steps before.
         betas, eps: of AdamW.
     """
 
@@ -33,6 +37,7 @@ class MuonAdamW(Optimizer):
         *,
         lr: float,
         weight_decay: float,
+        momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ):
@@ -53,6 +58,7 @@ class MuonAdamW(Optimizer):
             eps=eps,
             fused=True,
         )
+        self.momentum = momentum
         muon = {"params": hidden, "lr": lr, "weight_decay": weight_decay}
         super().__init__([muon, *self.adamw.param_groups], {})
         self._share_groups()
@@ -66,25 +72,29 @@ class MuonAdamW(Optimizer):
         """Take one step; parameters without a gradient stay."""
         self.adamw.step()
         group = self.param_groups[0]
-        updates: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
+        by_shape: dict[torch.Size, list[tuple[Tensor, ...]]] = {}
         for parameter, parts in zip(group["params"], self.parts, strict=True):
             if parameter.grad is not None:
-                momentum = self._advance_momentum(parameter)
-                for target, part in zip(parameter.chunk(parts, 1), momentum.chunk(parts, 1), strict=True):
-                    updates.setdefault(part.shape, []).append((target, part))
-        for shape, pairs in updates.items():
-            steps = orthogonalize(torch.stack([part for _, part in pairs]))
+                tensors = (parameter, *self._advance_state(parameter))
+                for matrix in zip(*(tensor.chunk(parts, 1) for tensor in tensors), strict=True):
+                    by_shape.setdefault(matrix[0].shape, []).append(matrix)
+        for shape, matrices in by_shape.items():
+            targets, *states = zip(*matrices, strict=True)
             scale = 0.2 * max(shape) ** 0.5 * group["lr"]
-            for (target, _), step in zip(pairs, steps, strict=True):
+            for target, step in zip(targets, self._find_steps(*states), strict=True):
                 target.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-scale)
 
-    def _advance_momentum(self, parameter: Tensor) -> Tensor:
-        """Return the Nesterov momentum of the gradient, (in, out)."""
+    def _advance_state(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        """Return what the step follows from: the Nesterov momentum of the gradient, (in, out)."""
         state = self.state[parameter]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
-        state["momentum"].lerp_(parameter.grad, 1 - MOMENTUM)
-        return parameter.grad.lerp(state["momentum"], MOMENTUM)
+        state["momentum"].lerp_(parameter.grad, 1 - self.momentum)
+        return (parameter.grad.lerp(state["momentum"], self.momentum),)
+
+    def _find_steps(self, momenta: Sequence[Tensor]) -> Tensor:
+        """Return the steps of N matrices of a shape, (N, in, out)."""
+        return orthogonalize(torch.stack(momenta))
 
     def state_dict(self) -> dict:
         """Return the state of both."""
@@ -96,6 +106,23 @@ class MuonAdamW(Optimizer):
         self.adamw.load_state_dict(state_dict["adamw"])
         self.param_groups[1:] = self.adamw.param_groups
         self._share_groups()
+
+
+class NorMuonAdamW(MuonAdamW):
+    """Muon whose neurons take steps of one size (NorMuon, arXiv 2510.05491, algorithm 1), and AdamW."""
+
+    def _advance_state(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        """Return the momentum, and the average square of each neuron's steps, (1, out)."""
+        squares = self.state[parameter].setdefault("squares", torch.zeros_like(parameter[:1]))
+        return (*super()._advance_state(parameter), squares)
+
+    def _find_steps(self, momenta: Sequence[Tensor], squares: Sequence[Tensor]) -> Tensor:
+        """Return the steps of N matrices of a shape, (N, in, out), and bring their squares up to date."""
+        steps = super()._find_steps(momenta)
+        average = torch.stack(squares).lerp_(steps.square().mean(1, keepdim=True), 1 - NEURON_MOMENTUM)
+        for kept, now in zip(squares, average, strict=True):
+            kept.copy_(now)
+        return even_neurons(steps, average)
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
@@ -119,9 +146,30 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
+def even_neurons(steps: Tensor, squares: Tensor) -> Tensor:
+    """Divide the step of each neuron by its usual size; the whole keeps that of an orthogonal matrix.
+
+    The averages need no correction for having begun at zero: that is one factor for all neurons of a matrix.
+
+    Args:
+        steps: (N, in, out); a neuron is a column.
+        squares: (N, 1, out), the average square of each neuron's steps.
+
+    Returns:
+        (N, in, out), each matrix of root mean square 1 / sqrt(max(in, out)).
+    """
+    steps = steps / (squares.sqrt() + 1e-8)
+    size = steps.square().mean((1, 2), keepdim=True).sqrt() * max(steps.shape[1:]) ** 0.5
+    return steps / (size + 1e-8)
+
+
+# By the names that `--optim` has for them.
+MUONS = {"muon": MuonAdamW, "normuon": NorMuonAdamW}
+
+
 class MuonAdamWFactory:
     """What Trainer builds without arguments and then calls with the model."""
 
-    def __call__(self, model: GPT2LMHeadModel, **kwargs) -> MuonAdamW:
-        """Return the optimizer of `model`."""
-        return MuonAdamW(model, **kwargs)
+    def __call__(self, model: GPT2LMHeadModel, *, optim: str, **kwargs) -> MuonAdamW:
+        """Return the optimizer of `model` that `optim` names."""
+        return MUONS[optim](model, **kwargs)

@@ -37,7 +37,7 @@ from firstwords.args import TrainFlags, print_line
 from firstwords.errors import BadBatch, BadFlag, Diverged, IOFailed
 from firstwords.loss import evaluate_loss, sum_losses
 from firstwords.model import GPT2LMHeadModel
-from firstwords.optimizer import MuonAdamWFactory
+from firstwords.optimizer import MUONS, MuonAdamWFactory
 from firstwords.pace import HORIZON, Pace
 from firstwords.signals import StopWish
 from firstwords.tokenizer import Tokenizer
@@ -141,7 +141,7 @@ def build_training_arguments(
         "warmup_steps": _count(flags.warmup_steps, max_steps),
         "max_steps": max_steps,
         "weight_decay": flags.weight_decay,
-        "optim": "adamw_torch_fused" if flags.optim == "muon" else flags.optim,
+        "optim": "adamw_torch_fused" if flags.optim in MUONS else flags.optim,
         "adam_beta1": 0.9,
         "adam_beta2": 0.95,
         "max_grad_norm": 1.0,
@@ -183,11 +183,13 @@ def build_training_arguments(
 
 def choose_optimizer(flags: TrainFlags, arguments: TrainingArguments) -> tuple[type, dict] | None:
     """Return what Trainer takes as `optimizer_cls_and_kwargs`; None where it knows the name itself."""
-    if flags.optim != "muon":
+    if flags.optim not in MUONS:
         return None
     return MuonAdamWFactory, {
+        "optim": flags.optim,
         "lr": arguments.learning_rate,
         "weight_decay": arguments.weight_decay,
+        "momentum": flags.muon_momentum,
         "betas": (arguments.adam_beta1, arguments.adam_beta2),
         "eps": arguments.adam_epsilon,
     }

@@ -382,13 +382,16 @@ def long_run(tmp_path_factory):
     return folder, build
 
 
+OPTIMIZERS = ("adamw_torch_fused", "muon", "normuon")
+
+
 @pytest.fixture(scope="module")
 def in_one_piece(long_run):
     """The runs that nothing stopped, by optimizer."""
     folder, build = long_run
-    for optim in ("adamw_torch_fused", "muon"):
+    for optim in OPTIMIZERS:
         assert run_script(train, build(f"whole-{optim}", optim=optim)) == (0, "")
-    return {optim: folder / f"whole-{optim}" for optim in ("adamw_torch_fused", "muon")}
+    return {optim: folder / f"whole-{optim}" for optim in OPTIMIZERS}
 
 
 def raise_at(step, number=signal.SIGTERM):
@@ -428,7 +431,7 @@ def check_same_end(run, whole):
     assert {name: ours.get(name) for name in names} == {name: theirs[name] for name in names}
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch_fused", "muon"])
+@pytest.mark.parametrize("optim", OPTIMIZERS)
 def test_6_stopped_and_resumed_is_the_run_in_one_piece(long_run, in_one_piece, optim):
     _, build = long_run
     check_resuming(build(f"resumed-{optim}", optim=optim), in_one_piece[optim])

@@ -10,7 +10,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from firstwords.model import build_model
-from firstwords.optimizer import MOMENTUM, MuonAdamW, MuonAdamWFactory, orthogonalize
+from firstwords.optimizer import MUONS, MuonAdamW, MuonAdamWFactory, NorMuonAdamW, even_neurons, orthogonalize
 
 D = 32  # n_embd of the tiny model
 
@@ -109,11 +109,40 @@ def test_two_steps_of_muon_by_hand(model):
     momentum = torch.zeros_like(weight)
     for seed in (1, 2):
         gradient = draw(*weight.shape, seed=1000 * seed + place)
-        momentum = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
-        nesterov = MOMENTUM * momentum + (1 - MOMENTUM) * gradient
+        momentum = 0.95 * momentum + (1 - 0.95) * gradient
+        nesterov = 0.95 * momentum + (1 - 0.95) * gradient
         weight = weight * (1 - 1e-2 * 0.5) - 1e-2 * 0.2 * 128**0.5 * orthogonalize(nesterov[None])[0]
         take_step(optimizer, model, seed)
     torch.testing.assert_close(read_weights(model)[C_FC], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "parts"), [(C_ATTN, 3), (C_FC, 1)])
+def test_two_steps_of_normuon_by_hand(model, name, parts):
+    optimizer = NorMuonAdamW(model, lr=1e-2, weight_decay=0.5, momentum=0.8)
+    weight, place = read_weights(model)[name], list(read_weights(model)).index(name)
+    columns = weight.shape[1] // parts
+    momentum, squares = torch.zeros_like(weight), torch.zeros(parts, columns)
+    for seed in (1, 2):
+        gradient = draw(*weight.shape, seed=1000 * seed + place)
+        momentum = 0.8 * momentum + (1 - 0.8) * gradient
+        nesterov = 0.8 * momentum + (1 - 0.8) * gradient
+        weight = weight * (1 - 1e-2 * 0.5)
+        for i in range(parts):
+            own = slice(i * columns, (i + 1) * columns)
+            step = orthogonalize(nesterov[None, :, own])[0]
+            squares[i] = 0.95 * squares[i] + 0.05 * (step**2).mean(0)
+            step = step / squares[i].sqrt()
+            weight[:, own] -= 1e-2 * 0.2 * step / (step**2).mean().sqrt()
+        take_step(optimizer, model, seed)
+    torch.testing.assert_close(read_weights(model)[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_neurons_take_steps_of_one_size():
+    uneven = orthogonalize(draw(2, 32, 64)) * torch.linspace(0.5, 3, 64)
+    even = even_neurons(uneven, uneven.square().mean(1, keepdim=True))
+    sizes = even.norm(dim=1)
+    torch.testing.assert_close(sizes, torch.full_like(sizes, (32 / 64) ** 0.5), rtol=1e-3, atol=0)
+    assert torch.equal(even_neurons(torch.zeros(1, 4, 6), torch.zeros(1, 1, 6)), torch.zeros(1, 4, 6))
 
 
 def test_embeddings_and_vectors_are_those_of_adamw(model):
@@ -199,13 +228,21 @@ def check_going_on(build, model):
     assert [g["lr"] for g in optimizer_2.adamw.param_groups] == [g["lr"] for g in optimizer.param_groups[1:]]
 
 
-def test_the_state_goes_round_bit_for_bit(model):
-    check_going_on(MuonAdamW, model)
+@pytest.mark.parametrize("kind", MUONS.values())
+def test_the_state_goes_round_bit_for_bit(model, kind):
+    check_going_on(kind, model)
 
 
 class ForgetsMomentum(MuonAdamW):
     def load_state_dict(self, state_dict):
         super().load_state_dict({**state_dict, "muon": {**state_dict["muon"], "state": {}}})
+
+
+class ForgetsSquares(NorMuonAdamW):
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            state.pop("squares", None)
 
 
 class ForgetsAdamW(MuonAdamW):
@@ -219,13 +256,14 @@ class LosesTheSchedule(MuonAdamW):
         self.adamw.param_groups = [dict(group) for group in self.adamw.param_groups]
 
 
-@pytest.mark.parametrize("broken", [ForgetsMomentum, ForgetsAdamW, LosesTheSchedule])
+@pytest.mark.parametrize("broken", [ForgetsMomentum, ForgetsSquares, ForgetsAdamW, LosesTheSchedule])
 def test_a_state_that_is_not_whole_is_seen(model, broken):
     with pytest.raises(AssertionError):
         check_going_on(broken, model)
 
 
 def test_the_factory_builds_it_with_the_rate_given(model):
-    optimizer = MuonAdamWFactory()(model, lr=3e-3, weight_decay=0.2)
+    optimizer = MuonAdamWFactory()(model, optim="normuon", momentum=0.5, lr=3e-3, weight_decay=0.2)
+    assert (type(optimizer), optimizer.momentum) == (NorMuonAdamW, 0.5)
     groups = [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups]
     assert groups == [(3e-3, 0.2), (3e-3, 0.2), (3e-3, 0.0)]

@@ -116,6 +116,7 @@ REFUSED = [
     ({"learning_rate": 4}, 2, "use --lr"),
     ({"optim": "adamm"}, 2, "adamm"),
     ({"save_only_model": True}, 2, "--save_only_model: such a run could not be gone on with"),
+    ({"muon_momentum": "1"}, 2, "--muon_momentum: is 1.0; give 0 or more, below 1"),
     ({"lr_scheduler_type": "linear", "min_lr_ratio": 0.5}, 2, "--min_lr_ratio: linear takes none"),
     ({"device": NO_DEVICE}, 2, f"--device {NO_DEVICE}: "),
     ({"sample_prompts": "{home}/nowhere.txt"}, 66, "--sample_prompts {home}/nowhere.txt: is not there"),

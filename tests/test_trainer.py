@@ -451,7 +451,10 @@ def test_muon_is_ours_and_the_rest_is_trainer_s():
     assert choose_optimizer(replace(flags, optim="adamw_torch_fused"), arguments) is None
     factory, kwargs = choose_optimizer(flags, arguments)
     assert factory is trainer.MuonAdamWFactory
-    assert kwargs == {"lr": 0.5, "weight_decay": 0.25, "betas": (0.9, 0.99), "eps": 1e-6}
+    expected = {"lr": 0.5, "weight_decay": 0.25, "betas": (0.9, 0.99), "eps": 1e-6}
+    assert kwargs == expected | {"optim": "muon", "momentum": 0.95}
+    kwargs = choose_optimizer(replace(flags, optim="normuon", muon_momentum=0.8), arguments)[1]
+    assert (kwargs["optim"], kwargs["momentum"]) == ("normuon", 0.8)
 
 
 @pytest.mark.slow
