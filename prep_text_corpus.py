@@ -27,6 +27,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 
@@ -174,7 +175,8 @@ def plan_work(corpus: "Mix", args: argparse.Namespace, tokenizer: Tokenizer | No
     flags = {name: str(value) for name, value in prep.describe_flags(args).items()}
     for name in ("skip_bad", "val_pct", "tasks", "near_duplicates"):
         flags.pop(name)
-    made_with = {name: version(name) for name in ("tiktoken", "tokenizers")}
+    # What learns the tokens, and what encodes with them: a character tokenizer does without tiktoken.
+    made_with = {name: version(name) for name in ("tiktoken", "tokenizers") if find_spec(name)}
     return {
         "format": tokenstore.FORMAT,
         "flags": flags,

@@ -8,7 +8,8 @@
 betas were searched, BENCHMARKS.md says how far; `ours` is the recipe in configs/recipes. Both rivals train on
 N tokens, and ours on shares of N, each in a run of its own whose schedule ends there. What counts is the
 smallest share after which ours is at or below the rival's loss of the same seed. Every run is a call of
-train.py, and its loss is that of the whole val set.
+train.py, and its loss is that of the whole val set. Where tiktoken is not installed the data of `small_test`
+and `124m` are to be brought as OUT_DIR/124m-data, made elsewhere by prep_text_corpus.py --val_pct 10.
 
 Each finished run stays in --out_dir and is not run again; one that was stopped is gone on with. So the same
 command may be stopped and repeated; it writes the rows of a case when all of its runs are there.
@@ -167,6 +168,7 @@ def train(run: Path, words: list[str], steps: int, device: str) -> dict[int, flo
         every = str(-(-steps // 4))
         pace = ["--eval_steps", every, "--save_steps", every, "--save_total_limit", "1"]
         end = ["--no_assistant_only_loss", "--max_steps", str(steps), "--device", device]
+        end += ["--report_to", "none"]  # TensorBoard may not be installed
         run_script("train.py", [*words, *pace, *end, "--model_dir", str(run)])
     state = json.loads((list_checkpoints(run)[0] / "trainer_state.json").read_text(encoding="utf-8"))
     return {entry["step"]: entry["eval_loss"] for entry in state["log_history"] if "eval_loss" in entry}

@@ -1,6 +1,7 @@
 #!/usr/bin/env python
 """Measure packed fine-tuning against padding to 1024, TRL's defaults and TRL's packing, in turn.
 
+  # on any machine with all of requirements.txt; --data_dir may be brought to one that has not
   python prep_data.py --dataset code_alpaca_2k.json --tokenizer gpt2.tiktoken --skip_bad --out_dir data/alpaca
   python -m benchmarks.bench_sft --data_dir data/alpaca --rivals trl
 

@@ -203,7 +203,7 @@ class TrainFlags:
     explain: bool = _flag(False, "say what each setting is, where it comes from and what it does, and end")
     vram_gb: float = _flag(None, "memory to keep to, as the size of a GPU in GB; default: what is free")
     batch_tokens: int = _flag(None, "tokens in a step; --batch_size, --grad_accum and --recompute follow")
-    report_to: str = _flag("", "wandb, trackio, or both with a comma; TensorBoard is always written")
+    report_to: str = _flag("", "wandb, trackio, or both with a comma, beside TensorBoard; or none at all")
     debug: bool = _flag(False, "show the traceback of an error")
 
 

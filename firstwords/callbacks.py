@@ -18,7 +18,7 @@ from firstwords.args import TrainFlags
 from firstwords.dataset import TokenWindows
 from firstwords.errors import Mismatch, MissingInput
 from firstwords.health import Check, iter_checks, read_checks
-from firstwords.log import RunLog
+from firstwords.log import EventWriter, RunLog
 from firstwords.pace import KeepPace
 from firstwords.samples import build_speaker, find_beginnings
 from firstwords.tasks import HELLASWAG, Item, parse_eval_tasks, read_hellaswag
@@ -87,13 +87,16 @@ def build_watch(run: RunTrainer, flags: TrainFlags, first_step: int) -> tuple[Ru
 
 
 def open_log(run: RunTrainer, flags: TrainFlags, first_step: int, reporters: list[str]) -> RunLog:
-    """Return the log, which writes to TensorBoard and to the services of `--report_to`."""
-    log = RunLog(flags.model_dir, first_step)
-    run.warn = log.say
+    """Return the log, which writes to the `reporters` of `monitor.parse_report_to`."""
     config = run.meta.fixed["flags"] | {"data": run.train_dataset.hash}
-    log.writer = monitor.Writers(
-        log.writer, *(monitor.Reporter(name, flags.model_dir, config) for name in reporters)
-    )
+    writers = [
+        EventWriter(flags.model_dir / "runs", first_step)
+        if name == "tensorboard"
+        else monitor.Reporter(name, flags.model_dir, config)
+        for name in reporters
+    ]
+    log = RunLog(flags.model_dir, monitor.Writers(*writers))
+    run.warn = log.say
     return log
 
 

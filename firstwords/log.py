@@ -1,6 +1,6 @@
 """What a run says -> the line of it in `train.log`, TensorBoard's file, and a bar or the line on screen.
 
-    log = RunLog(Path("runs/chat"), first_step=0)
+    log = RunLog(Path("runs/chat"), EventWriter(Path("runs/chat/runs"), first_step=0))
     log.say("going on from runs/chat/checkpoint-400")
 
 Invariant: nothing ends a run because nobody reads what it says, no full disk and no closed terminal.
@@ -24,12 +24,18 @@ class EventWriter:
 
     What its disk does not take is left out: a disk that is full ends no run that can still save. The next
     figure begins another file.
+
+    Args:
+        folder: `runs` of the run.
+        first_step: events of later steps, written by a life that was killed, are purged.
     """
 
-    def __init__(self, folder: Path, purge_step: int):
-        # Here, so that benchmarks run where TensorBoard is not installed.
+    def __init__(self, folder: Path, first_step: int):
+        # Here, so that `--report_to none` and benchmarks run where TensorBoard is not installed.
         from torch.utils.tensorboard import SummaryWriter
 
+        # From 0 too: of a life that was killed before its first checkpoint, every step is written again.
+        purge_step = first_step + 1 if first_step else 0
         self._folder, self._writer = folder, SummaryWriter(str(folder), purge_step=purge_step)
 
     def add_scalar(self, tag: str, value: float, step: int) -> None:
@@ -57,19 +63,15 @@ class EventWriter:
 
 
 class RunLog(TrainerCallback):
-    """Write the run's lines: `train.log`, TensorBoard under `runs/`, and a bar or the lines on screen.
+    """Write the run's lines: `train.log`, the figures to a writer, and a bar or the lines on screen.
 
     Args:
         run_dir: the run.
-        first_step: events of later steps, written by a life that was killed, are purged.
-
-    Attributes:
-        writer: takes numbers and texts; may be replaced by several at once (`monitor.Writers`).
+        writer: takes numbers and texts: a `monitor.Writers`, or one of those in it.
     """
 
-    def __init__(self, run_dir: Path, first_step: int):
-        # From 0 too: of a life that was killed before its first checkpoint, every step is written again.
-        self.writer = EventWriter(run_dir / "runs", purge_step=first_step + 1 if first_step else 0)
+    def __init__(self, run_dir: Path, writer):
+        self.writer = writer
         self._file = open(  # noqa: SIM115
             run_dir / "train.log", "a", buffering=1, encoding="utf-8", opener=atomic.open_no_link
         )

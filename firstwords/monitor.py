@@ -2,8 +2,8 @@
 
     run.add_callback(monitor.Health(log, tokenizer, checks, context))
 
-Each of these looks at the model at every evaluation and hands numbers and texts to the log's writers:
-TensorBoard, and those of `--report_to`. Invariant: looking changes nothing; neither weights nor any random
+Each of these looks at the model at every evaluation and hands numbers and texts to the log's writers, those
+of `--report_to`. Invariant: looking changes nothing; neither weights nor any random
 state, so that a run trains the same with and without them.
 """
 
@@ -22,7 +22,7 @@ import torch
 from transformers import TrainerCallback
 
 from firstwords import atomic
-from firstwords.errors import BadFlag, IOFailed
+from firstwords.errors import BadFlag, IOFailed, MissingInput
 from firstwords.health import Check, measure_health
 from firstwords.loss import autocast, evaluate_loss
 from firstwords.model import find_inner
@@ -31,7 +31,7 @@ from firstwords.schema import mask_control
 from firstwords.tasks import Item, score_endings, score_items
 from firstwords.tokenizer import Tokenizer
 
-REPORTERS = ("wandb", "trackio")
+REPORTERS = ("tensorboard", "wandb", "trackio")
 
 
 class AtEvaluation(TrainerCallback):
@@ -52,7 +52,8 @@ class AtEvaluation(TrainerCallback):
         model.eval()
         try:
             self.look(model, state.global_step)
-        except (OSError, IOFailed) as error:  # looking must not end a run that can still save
+        # Looking must not end a run that can still save. Missing may be the encoder of a prompt.
+        except (OSError, IOFailed, MissingInput) as error:
             self.log.say(f"  {type(self).__name__} is left out: {error}")
         self.log.writer.flush()
         model.train(was_training)
@@ -336,15 +337,19 @@ class Writers:
 
 
 def parse_report_to(text: str) -> list[str]:
-    """Return the services of `--report_to`, each of which is installed; TensorBoard is always written.
+    """Return where `--report_to` sends the curves: TensorBoard first and always, but for `none`.
 
     Raises:
         BadFlag: for an unknown one, or one whose package is missing, saying what to install.
     """
-    names = [word.strip() for word in text.split(",") if word.strip() not in ("", "none", "tensorboard")]
+    names = [word.strip() for word in text.split(",") if word.strip()]
+    if names == ["none"]:
+        return []
+    names = list(dict.fromkeys(["tensorboard", *names]))
     for name in names:
         if name not in REPORTERS:
-            raise BadFlag(f"--report_to {name}: is not known; give {' or '.join(REPORTERS)}, or both")
+            raise BadFlag(f"--report_to {name}: is not known; give wandb or trackio, or both, or none alone")
         if find_spec(name) is None:
-            raise BadFlag(f"--report_to {name}: {name} is not installed; pip install {name}")
+            otherwise = ", or give --report_to none" if name == "tensorboard" else ""
+            raise BadFlag(f"--report_to {name}: {name} is not installed; pip install {name}{otherwise}")
     return names

@@ -137,7 +137,12 @@ class Tokenizer:
 
     @cached_property
     def _bpe(self):
-        import tiktoken  # here: what only builds models, benchmarks on bare machines, does without it
+        try:
+            import tiktoken  # here: what only builds models, benchmarks on bare machines, does without it
+        except ModuleNotFoundError:
+            raise MissingInput(
+                "tiktoken: is not installed, and text cannot be encoded; pip install tiktoken"
+            ) from None
 
         ranks = {token: rank for rank, token in enumerate(self.vocabulary)}
         # The special token is never allowed, so it is text like any other; but without one `encode_to_numpy`

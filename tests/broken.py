@@ -110,7 +110,7 @@ def model_in_place():
 
 def events_not_purged():
     """Write TensorBoard's events without a word about the steps that come again."""
-    log.EventWriter.__init__ = lambda self, folder, purge_step: (
+    log.EventWriter.__init__ = lambda self, folder, first_step: (
         setattr(self, "_folder", folder) or setattr(self, "_writer", SummaryWriter(str(folder)))
     )
 

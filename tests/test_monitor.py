@@ -210,6 +210,20 @@ def test_what_cannot_be_watched_is_refused_before_a_file_is_made(folder, tmp_pat
     assert not (tmp_path / "b").exists()
 
 
+def test_a_machine_without_tensorboard_and_tiktoken_trains_when_told_so(folder, tmp_path, monkeypatch):
+    for name in ("tensorboard", "torch.utils.tensorboard", "tiktoken"):
+        monkeypatch.setitem(sys.modules, name, None)
+    run = tmp_path / "a"
+    words = build_flags(folder / "text", run, folder / "c.json", max_steps=1, no_assistant_only_loss=True)
+    words += ["--eval_steps", "1"]
+    why = "tensorboard is not installed; pip install tensorboard, or give --report_to none"
+    assert run_script(train, words) == (2, f"error: --report_to tensorboard: {why}\n")
+    assert not run.exists()
+    assert run_script(train, [*words, "--report_to", "none"]) == (0, "")
+    assert not (run / "runs").exists()
+    assert "Samples is left out: tiktoken: is not installed" in (run / "train.log").read_text()
+
+
 # --- services
 
 
@@ -256,7 +270,7 @@ def test_a_service_hears_of_each_step_once(folder, tmp_path, monkeypatch, name):
 
 def test_looking_leaves_model_and_chance_as_they_were(folder, tmp_path):
     run = build_trainer(folder / "chats", tmp_path / "run")
-    log = RunLog(tmp_path / "run", first_step=0)
+    log = RunLog(tmp_path / "run", monitor.Writers())
     speak = build_speaker(BYTES, context=64, chat=True)
     samples = monitor.Samples(log, ["Hi"], speak, tmp_path / "samples.md", 0)
     run.model.train()
@@ -310,6 +324,9 @@ def test_energy_is_that_since_the_last_line(folder, tmp_path):
 
 
 def test_several_services_and_none():
-    assert monitor.parse_report_to("") == monitor.parse_report_to("none, tensorboard") == []
+    assert monitor.parse_report_to("") == monitor.parse_report_to("tensorboard") == ["tensorboard"]
+    assert monitor.parse_report_to("none") == []
+    with pytest.raises(BadFlag, match="--report_to none: is not known; .* or none alone"):
+        monitor.parse_report_to("none, tensorboard")
     with pytest.raises(BadFlag, match="wandb is not installed"):
         monitor.parse_report_to("tensorboard,wandb")

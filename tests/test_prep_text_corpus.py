@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pytest
@@ -58,6 +59,20 @@ def test_store_holds_every_document_once_and_its_end(corpus, tmp_path):
     assert report["documents"] == {
         "read": 60, "kept": 60, "empty": 0, "rejected": {}, "duplicates": 0, "repeated": 0
     }  # fmt: skip
+
+
+def test_characters_need_no_tiktoken(corpus, tmp_path, monkeypatch):
+    def find_version(package):
+        if package == "tiktoken":
+            raise PackageNotFoundError(package)
+        return version(package)
+
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    monkeypatch.setattr(prep_text_corpus, "version", find_version)
+    assert run(corpus, tmp_path / "out", tokenizer="char")["documents"]["kept"] == 60
+    with pytest.raises(MissingInput, match="^tiktoken: is not installed"):
+        run(corpus, tmp_path / "bpe")
+    assert not (tmp_path / "bpe").exists()
 
 
 def test_report_counts_what_is_there(corpus, tmp_path):
