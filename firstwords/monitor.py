@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 from firstwords import atomic
 from firstwords.errors import BadFlag, IOFailed, MissingInput
 from firstwords.health import Check, measure_health
-from firstwords.loss import autocast, evaluate_loss
+from firstwords.loss import evaluate_loss
 from firstwords.model import find_inner
 from firstwords.samples import Speak, append_section, cut_sections, draw_samples, format_section
 from firstwords.schema import mask_control
@@ -179,11 +179,15 @@ class Hardware(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         """Measure what a plain product reaches here, in the precision of the training."""
         self.peak = measure_matmul_rate(args.device, bf16=args.bf16)
+        if args.device.type == "cuda":  # its matrices are no memory of the training
+            torch.cuda.reset_peak_memory_stats(args.device)
         self.meter = open_energy_meter(args.device)
         self._energy = self.meter()
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Update the rates."""
+        """Add to the rates when a line is due; to ask NVML takes its time."""
+        if not control.should_log:
+            return
         rates = self.run.rates
         steps_per_second = rates["tokens_per_second"] / self.run.meta.tokens_per_step
         rates["share_of_matmul"] = self.flops_per_step * steps_per_second / self.peak / args.world_size
@@ -218,8 +222,12 @@ def measure_matmul_rate(device: torch.device, *, bf16: bool, seconds: float = 0.
         seconds: of measuring, more or less.
     """
     size = 8192 if device.type == "cuda" else 512
-    with torch.inference_mode(), autocast(device, bf16):
-        a = torch.ones(size, size, device=device)
+    # Of the type itself: autocast would cast both at every product. Random: of equal numbers a GPU's products
+    # are faster than those of a training (He 2024, "Strangely, Matrix Multiplications on GPUs Run Faster When
+    # Given 'Predictable' Data!"). Of a generator of its own, for the run's is not to be touched.
+    options = {"device": device, "dtype": torch.bfloat16 if bf16 else torch.float32}
+    with torch.inference_mode():
+        a = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), **options)
         best, end = 0.0, time.monotonic() + seconds
         while best == 0.0 or time.monotonic() < end:
             begin = time.perf_counter()
@@ -251,7 +259,8 @@ def open_energy_meter(device: torch.device):
 
         try:
             pynvml.nvmlInit()
-            handle = pynvml.nvmlDeviceGetHandleByIndex(device.index or 0)
+            # NVML counts all GPUs of the machine, torch those of CUDA_VISIBLE_DEVICES.
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         except pynvml.NVMLError:
             return lambda: None

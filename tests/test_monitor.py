@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,6 +269,15 @@ def test_a_service_hears_of_each_step_once(folder, tmp_path, monkeypatch, name):
 # --- what the hardware does
 
 
+NVML = """
+NVMLError = OSError
+def nvmlInit(): pass
+def nvmlDeviceGetHandleByIndex(index): return "another"
+def nvmlDeviceGetHandleByUUID(uuid): return uuid
+def nvmlDeviceGetTotalEnergyConsumption(handle): return {"GPU-12-ab": 7500, "another": 1}[handle]
+"""
+
+
 def test_looking_leaves_model_and_chance_as_they_were(folder, tmp_path):
     run = build_trainer(folder / "chats", tmp_path / "run")
     log = RunLog(tmp_path / "run", monitor.Writers())
@@ -296,11 +306,45 @@ def test_a_product_is_measured():
     assert rate > 1e6
 
 
+def test_the_product_is_of_the_type_itself_and_takes_no_chance_from_the_run(monkeypatch):
+    types, product = [], torch.mm
+
+    def spy(a, b):
+        types.append((a.dtype, b.dtype, torch.is_autocast_enabled("cpu")))
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "mm", spy)
+    before = torch.get_rng_state()
+    monitor.measure_matmul_rate(torch.device("cpu"), bf16=True, seconds=0)
+    assert types == [(torch.bfloat16, torch.bfloat16, False)]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_peak_of_memory_is_that_of_the_training(no_matmul, folder, tmp_path, monkeypatch):
+    run, devices = build_trainer(folder / "chats", tmp_path / "run"), []
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", devices.append)
+    monkeypatch.setattr(monitor, "open_energy_meter", lambda device: lambda: None)
+    watch, device = monitor.Hardware(run), torch.device("cuda:0")
+    watch.on_train_begin(SimpleNamespace(device=device, bf16=True), run.state, run.control)
+    assert devices == [device]
+
+
+def test_the_energy_is_that_of_the_gpu_itself_however_they_are_counted(tmp_path, monkeypatch):
+    (tmp_path / "pynvml.py").write_text(NVML)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="12-ab"))
+    meter = monitor.open_energy_meter(torch.device("cuda:0"))
+    sys.modules.pop("pynvml")
+    assert meter() == 7.5
+
+
 def test_the_share_follows_from_the_rates(folder, tmp_path):
     run = build_trainer(folder / "chats", tmp_path / "run")
     watch = monitor.Hardware(run)
     watch.on_train_begin(run.args, run.state, run.control)
     watch.peak, watch.flops_per_step = 1e9, 2e6
+    run.control.should_log = True
     run.rates = {"tokens_per_second": 3 * run.meta.tokens_per_step}
     watch.on_step_end(run.args, run.state, run.control)
     assert run.rates["share_of_matmul"] == pytest.approx(3 * 2e6 / 1e9)
@@ -314,6 +358,9 @@ def test_energy_is_that_since_the_last_line(folder, tmp_path):
     watch.peak, joules = 1.0, iter([3600.0, 7200.0, 7200.0, 9000.0])
     watch.meter = lambda: next(joules)
     run.rates = {"tokens_per_second": 1.0}
+    watch.on_step_end(run.args, run.state, run.control)
+    assert "energy_wh" not in run.rates, "it is asked for when a line is due"
+    run.control.should_log = True
     watch.on_step_end(run.args, run.state, run.control)
     assert run.rates["energy_wh"] == 1.0
     watch.on_log(run.args, run.state, run.control, logs={"loss": 1.0})
