@@ -72,8 +72,6 @@ def _check_backend(device: str, backend: str, mode: str) -> None:
         )
     if mode == "default":
         return
-    if backend != "inductor":
-        raise BadFlag(f"--torch_compile_mode {mode}: {backend} has no modes; leave it out")
     from torch._inductor import list_mode_options
 
     if mode not in list_mode_options():

@@ -69,10 +69,6 @@ def test_compile_without_a_compiler(home, tmp_path, monkeypatch, flags):
             {"torch_compile_mode": "max-autotun"},
             "_mode max-autotun: is not known; did you mean 'max-autotune'?",
         ),
-        (
-            {"torch_compile_mode": "max-autotune", "torch_compile_backend": "eager"},
-            "_mode max-autotune: eager has no modes",
-        ),
     ],
 )
 def test_a_way_to_compile_that_there_is_not(home, tmp_path, flags, why):
