@@ -245,7 +245,7 @@ def write_rows(figures: list[dict[str, float]], replies: dict[str, list[int]], a
             "threads": torch.get_num_threads(), "rounds": figures, "share_of_bandwidth": shares,
             "first_ids_as_transformers": same,
         }  # fmt: skip
-        write_result(row, result, settings)
+        write_result(row, result, settings, device)
         print(f"{row}: {result['median']:.2f} ({result['low']:.2f} to {result['high']:.2f})")
     print("share of the bandwidth:", {name: round(share, 2) for name, share in shares.items()})
     print(f"ids as transformers', of {new}:", same)

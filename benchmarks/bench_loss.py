@@ -128,7 +128,7 @@ def main(argv: list[str]) -> None:
             continue
         data = prepare(case, args.text, args.out_dir / f"{name}-data")
         losses = train_all(case, data, args.out_dir / name, args.device, seeds)
-        write_rows(name, case, losses)
+        write_rows(name, case, losses, args.device)
 
 
 def keep_arms(case: Case, names: tuple[str, ...]) -> Case:
@@ -181,7 +181,7 @@ def run_script(script: str, words: list[str]) -> None:
         sys.exit(code)
 
 
-def write_rows(name: str, case: Case, losses: dict[str, list[dict]]) -> None:
+def write_rows(name: str, case: Case, losses: dict[str, list[dict]], device: str) -> None:
     """Write a row for each rival and one for each share of ours whose loss has a goal."""
     ours = {share: take_last(losses[f"ours-{round(case.steps * share)}"]) for share in case.shares}
     settings = {"arms": case.arms, "shape": case.shape, "data": case.data, "steps": case.steps}
@@ -191,12 +191,12 @@ def write_rows(name: str, case: Case, losses: dict[str, list[dict]]) -> None:
         theirs = take_last(losses[f"{rival}-{case.steps}"])
         shares = sorted(find_share(ours, seed, loss) for seed, loss in enumerate(theirs))
         result = {"median": statistics.median(shares), "low": shares[0], "high": shares[-1], **curves}
-        write_result(f"tokens_{name}_vs_{rival}", result, settings)
+        write_result(f"tokens_{name}_vs_{rival}", result, settings, device)
         print(f"{name}: {rival}'s loss after {result['median']:g} of its tokens", flush=True)
     for share, row in GOALS.get(name, {}).items():
         values = sorted(ours[share])
         result = {"median": statistics.median(values), "low": values[0], "high": values[-1]}
-        write_result(row, result, settings)
+        write_result(row, result, settings, device)
 
 
 def take_last(curves: list[dict[int, float]]) -> list[float]:

@@ -225,19 +225,19 @@ def measure_cuda() -> None:
     """Find the largest micro-batches within 15.0 GiB, their speed, and how true the prediction is."""
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, CARD / total))
-    card = {"card": torch.cuda.get_device_name(0), "allowed_bytes": min(CARD, total)}
+    card = {"allowed_bytes": min(CARD, total)}
     for row, is_stock, level, guess in (
         ("memory_rows_16gb", False, "selective", 16),
         ("memory_rows_16gb_no_recompute", False, "none", 10),
         ("memory_rows_16gb_stock", True, "none", 3),
     ):
         setting = Setting("baseline_355m", guess, recompute=level, is_stock=is_stock)
-        write_result(row, {"median": find_largest(setting)}, {**vars(setting), **card})
+        write_result(row, {"median": find_largest(setting)}, {**vars(setting), **card}, "cuda")
     measure_truth(card)
     sixteen = Setting("baseline_355m", 16, recompute="selective")
     eight = Setting("baseline_355m", 8, grad_accum=2)
     result = measure_pairs(lambda: measure_speed(sixteen, "cuda"), lambda: measure_speed(eight, "cuda"))
-    write_result("memory_speed_16_vs_8", result, {"a": vars(sixteen), "b": vars(eight), **card})
+    write_result("memory_speed_16_vs_8", result, {"a": vars(sixteen), "b": vars(eight), **card}, "cuda")
 
 
 def find_largest(guess: Setting) -> int:
@@ -279,7 +279,7 @@ def measure_truth(card: dict) -> None:
     clear("cuda")
     ratios = sorted(predicted / measured for _, predicted, measured in compared)
     result = {"median": ratios[len(ratios) // 2], "low": ratios[0], "high": ratios[-1]}
-    write_result("memory_prediction_gpu", result | {"compared": compared}, card)
+    write_result("memory_prediction_gpu", result | {"compared": compared}, card, "cuda")
 
 
 def main(argv: list[str]) -> None:

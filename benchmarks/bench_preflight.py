@@ -89,9 +89,11 @@ def main() -> None:
     measured = [call_pair(words) for _ in range(args.pairs)]
     for predicted, taken, *_ in measured:
         print(f"predicted {predicted:.1f} s, taken {taken:.1f} s")
-    write_result("preflight_time", summarise_pairs([(row[0], row[1]) for row in measured]), flags)
+    rows = {"preflight_time": [(row[0], row[1]) for row in measured]}
     if args.device == "cuda":
-        write_result("preflight_memory", summarise_pairs([(row[2], row[3]) for row in measured]), flags)
+        rows["preflight_memory"] = [(row[2], row[3]) for row in measured]
+    for row, pairs in rows.items():
+        write_result(row, summarise_pairs(pairs), flags, args.device)
 
 
 if __name__ == "__main__":

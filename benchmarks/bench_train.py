@@ -245,9 +245,8 @@ def compare(row: str, args, ours, rival, settings: dict) -> dict:
     losses = {"ours": ours.figures[-1]["loss"], "rival": rival.figures[-1]["loss"]}
     if "optim" in rival.figures[-1]:
         settings = settings | {"rival": settings["rival"] | {"optim": rival.figures[-1]["optim"]}}
-    device = torch.cuda.get_device_name() if args.device == "cuda" else "cpu"
-    about = {"losses": losses, "device": device, "threads": torch.get_num_threads()}
-    write_result(row, result, settings | about)
+    about = {"losses": losses, "device": args.device, "threads": torch.get_num_threads()}
+    write_result(row, result, settings | about, args.device)
     print(f"{row}: {result['median']:.3f} ({result['low']:.3f} to {result['high']:.3f})", flush=True)
     return result
 
@@ -347,7 +346,7 @@ def write_share(size: str, ours: TrainerSide, shape: dict, rate: float) -> None:
     shares = [100 * speed * per_token / rate for speed in speeds]
     result = {"median": shares[len(shares) // 2], "low": shares[0], "high": shares[-1]}
     about = {"tokens_per_second": speeds, "matmul_tflops": rate / 1e12, "operations_per_token": per_token}
-    write_result(f"train_gpu_{size}_share", result, about | {"device": torch.cuda.get_device_name()})
+    write_result(f"train_gpu_{size}_share", result, about, "cuda")
     speed = f"{speeds[len(speeds) // 2]:,.0f} tok/s"
     print(f"train_gpu_{size}_share: {result['median']:.1f} % of {rate / 1e12:.0f} TFLOP/s, {speed}")
 

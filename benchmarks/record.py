@@ -161,16 +161,17 @@ def _measure_process(process: psutil.Process) -> int:
     return 0
 
 
-def write_result(row: str, result: dict, settings: dict) -> None:
-    """Write `results/<row>.json`: figures, settings of both sides, versions, machine, command, date."""
+def write_result(row: str, result: dict, settings: dict, device: str = "cpu") -> None:
+    """Write `results/<row>.json`: figures, settings of both sides, versions, machine, command, date.
+
+    Args:
+        device: `cpu` or `cuda`, on which it was measured.
+    """
     assert row in ROWS, f"{row!r} is no row of the table"
-    packages = ("torch", "transformers", "accelerate", "tokenizers")
     record = {
         "row": row,
         **result,
-        "settings": settings,
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
-        "machine": describe_machine(),
+        **describe_setup(settings, device),
         "command": " ".join(["python", *map(_cut_folder, sys.orig_argv[1:])]),
         "date": datetime.date.today().isoformat(),
     }
@@ -183,13 +184,28 @@ def _cut_folder(word: str) -> str:
     return Path(word).name if word.startswith("/") else word
 
 
-def describe_machine() -> str:
-    """Return the CPU's name, its cores, and whether it computes in bfloat16."""
+def describe_setup(settings: dict, device: str) -> dict:
+    """Return what a figure is true of: the settings of both sides, versions, and the machine."""
+    packages = ("torch", "transformers", "accelerate", "tokenizers")
+    return {
+        "settings": settings,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "machine": describe_machine(device),
+    }
+
+
+def describe_machine(device: str) -> str:
+    """Return the GPU's name where it computes, the CPU's, its cores, and whether that has bfloat16."""
     cpuinfo = Path("/proc/cpuinfo")
     text = cpuinfo.read_text() if cpuinfo.is_file() else ""
     names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
     bf16 = "with" if "avx512_bf16" in text or "amx_bf16" in text else "without"
-    return f"{names[0] if names else platform.processor()}, {len(names)} cores, {bf16} bfloat16"
+    cpu = f"{names[0] if names else platform.processor()}, {len(names)} cores, {bf16} bfloat16"
+    if device == "cpu":
+        return cpu
+    import torch  # here: the table is made without it
+
+    return f"{torch.cuda.get_device_name()}; {cpu}"
 
 
 def format_table() -> str:

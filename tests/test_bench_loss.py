@@ -63,7 +63,7 @@ LOSSES = {
 
 def test_the_rows_say_after_which_share_of_the_tokens_the_loss_is_reached(tmp_path, monkeypatch):
     monkeypatch.setattr(record, "RESULTS", tmp_path)
-    bench_loss.write_rows("cpu_shape", bench_loss.CASES["cpu_shape"], LOSSES)
+    bench_loss.write_rows("cpu_shape", bench_loss.CASES["cpu_shape"], LOSSES, "cpu")
     rows = {path.stem: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     found = {name: [row[key] for key in ("low", "median", "high")] for name, row in rows.items()}
     assert found == {
@@ -82,7 +82,7 @@ def test_the_curve_of_a_rival_that_was_measured_apart_is_shown(tmp_path, monkeyp
     for rival in bench_loss.RIVALS:
         case = bench_loss.keep_arms(bench_loss.CASES["cpu_shape"], ("ours", rival))
         losses = {arm: curves for arm, curves in LOSSES.items() if arm.startswith(("ours", rival))}
-        bench_loss.write_rows("cpu_shape", case, losses)
+        bench_loss.write_rows("cpu_shape", case, losses, "cpu")
     assert record.format_curves().count("| adamw-2000 |") == 1
 
 
