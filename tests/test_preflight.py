@@ -284,6 +284,24 @@ def test_a_setting_of_before_that_no_longer_fits_is_chosen_anew(monkeypatch):
     room.check()
 
 
+@pytest.mark.parametrize(("device", "share"), [("cuda", 0.95), ("cpu", 1.0)])
+def test_of_a_gpu_a_part_is_left_where_there_is_a_choice(monkeypatch, device, share):
+    flags = {"batch_tokens": 2048, "seq_len": 1024, "device": device}
+    full = build_room(monkeypatch, 0, **flags).predict(Setting(2, 1, "none")).total / share
+    for limit, expected in ((full + 2, Setting(2, 1, "none")), (full - 2, Setting(1, 2, "none"))):
+        room = build_room(monkeypatch, limit, **flags)
+        room.choose(None)
+        assert room.setting == expected
+
+
+def test_what_fits_to_the_last_byte_is_not_refused(monkeypatch):
+    flags = {"batch_tokens": 1024, "seq_len": 1024}
+    least = build_room(monkeypatch, 0, **flags).predict(Setting(1, 1, "full")).total
+    room = build_room(monkeypatch, least, **flags)
+    room.choose(None)
+    room.check()
+
+
 def test_where_no_micro_batch_fits_a_shorter_row_is_named(monkeypatch):
     predict = build_room(monkeypatch, 0).predict
     least = min(predict(Setting(size, 2 // size, "full"), 1024).total for size in (1, 2))
