@@ -417,8 +417,11 @@ def _parse_trainer_fields(words: list[str], ours: Parser) -> dict:
     parser.error = ours.error
     values, unknown = parser.parse_known_args(words)
     if unknown:
-        if unknown[0].startswith("--fp8"):
+        is_launchers = unknown[0].startswith("--mixed_precision")
+        if unknown[0].startswith("--fp8") or is_launchers and "fp8" in " ".join(unknown[:2]):
             raise BadFlag(f"{unknown[0]}: nothing is computed in fp8 here, with any package; use --bf16")
+        if is_launchers:
+            raise BadFlag(f"{unknown[0]}: is a word of accelerate's; use --bf16, or leave it out")
         known = ours.flag_names() + [f"--{name}" for name in _trainer_field_names()]
         raise BadFlag(f"{unknown[0]}: unknown flag; {suggest(unknown[0].split('=')[0], known)}")
     for name in vars(values):

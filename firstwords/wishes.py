@@ -8,12 +8,15 @@ Invariant: what would be left out, or computed otherwise, without a word is refu
 import os
 import shutil
 import sys
+from dataclasses import fields
 from importlib.util import find_spec
 
-from transformers import Trainer, TrainingArguments
+from transformers import SchedulerType, Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
 
 from firstwords.args import TrainFlags
 from firstwords.errors import BadFlag, suggest
+from firstwords.optimizer import MUONS
 
 # Fields of `TrainingArguments` that this trainer cannot do, and why.
 REFUSED = {
@@ -22,6 +25,11 @@ REFUSED = {
     "label_smoothing_factor": "Trainer takes that loss itself, without the bounds between packed "
     "conversations; leave it out",
     "save_only_model": "such a run could not be gone on with; leave it out",
+}
+# Flags of ours whose values Trainer knows.
+KNOWN = {
+    "optim": [*MUONS, *(name.value for name in OptimizerNames)],
+    "lr_scheduler_type": [name.value for name in SchedulerType],
 }
 # Given any of these, Trainer compiles.
 COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
@@ -39,6 +47,11 @@ def check_wishes(flags: TrainFlags, extra: dict) -> None:
     Raises:
         BadFlag: with what to install, or what to use instead.
     """
+    for name, known in KNOWN.items():
+        value = getattr(flags, name)
+        if value not in known:
+            ways = next(spec.metadata["help"] for spec in fields(flags) if spec.name == name)
+            raise BadFlag(f"--{name} {value}: is not known; give {ways}; {suggest(value, known)}")
     for name, why in REFUSED.items():
         if extra.get(name):
             raise BadFlag(f"--{name}: {why}")

@@ -249,6 +249,9 @@ def test_checkpointing_is_recompute_full(name):
     ("words", "text"),
     [
         (["--bathc_size", "3"], "--bathc_size: unknown flag; did you mean '--batch_size'?"),
+        (["--mixed_precision", "fp8"], "--mixed_precision: nothing is computed in fp8 here"),
+        (["--mixed-precision=fp8"], "--mixed_precision=fp8: nothing is computed in fp8 here"),
+        (["--mixed_precision", "bf16"], "--mixed_precision: is a word of accelerate's; use --bf16, or"),
         (["--max-grad-nrom=1"], "unknown flag; did you mean '--max_grad_norm'?"),
         (["--batch", "3"], "--batch: unknown flag"),
         (["more"], "more: unknown flag"),
