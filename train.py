@@ -29,7 +29,7 @@ from firstwords.args import (
     print_line,
     run_main,
 )
-from firstwords.errors import BadBatch, Damaged, FirstwordsError
+from firstwords.errors import BadBatch, Damaged
 from firstwords.ranks import Ranks, join_ranks
 from firstwords.signals import StopWish
 
@@ -51,13 +51,13 @@ def main(argv: list[str]) -> None:
 
 @contextmanager
 def hold_folder(model_dir: Path) -> Iterator[None]:
-    """Hold the lock of the run; of one that is refused before it begins nothing is left."""
+    """Hold the lock of the run; of one that ends before it has written anything nothing is left."""
     is_new = not model_dir.exists()
     with atomic.lock_folder(model_dir):
         atomic.sweep_leftovers(model_dir)
         try:
             yield
-        except FirstwordsError:
+        except BaseException:
             if is_new and [path.name for path in model_dir.iterdir()] == [".lock"]:
                 shutil.rmtree(model_dir)
             raise

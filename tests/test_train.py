@@ -141,6 +141,19 @@ def test_what_is_refused_is_one_line_and_leaves_nothing(home, tmp_path, flags, c
     assert hash_files(home) == before
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
+def test_an_error_that_nobody_foresaw_leaves_no_empty_folder_of_ours(home, tmp_path, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(opening, "open_run", fail)
+    (tmp_path / "theirs").mkdir()
+    for name in ("run", "theirs"):
+        with pytest.raises(error):
+            train.main([str(word) for word in build_flags(home / "chats", tmp_path / name, home / "c.json")])
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
+
+
 def test_a_folder_that_was_there_stays_there(home, tmp_path):
     (tmp_path / "run").mkdir()
     assert go(home, tmp_path / "run", seq_len=129)[0] == 2
