@@ -13,8 +13,6 @@ memory stands beside what torch held at most.
 import argparse
 import gc
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
@@ -25,6 +23,7 @@ import torch
 import train
 from benchmarks.bench_train import draw_store
 from benchmarks.record import summarise_pairs, write_result
+from benchmarks.turns import run_to_end, say_flags
 from firstwords import preflight
 from firstwords.args import run_main
 from firstwords.model import find_device
@@ -81,25 +80,15 @@ def measure_pair(words: list[str]) -> list[float]:
 
 
 def call_pair(words: list[str]) -> list[float]:
-    """Measure a pair in a process of its own, where nothing is warm before the preflight.
-
-    Raises:
-        SystemExit: when it fails, with its last words.
-    """
-    command = [sys.executable, "-m", "benchmarks.bench_preflight", "--pair", *words]
-    ended = subprocess.run(command, capture_output=True, text=True)
-    if ended.returncode:
-        last = "\n".join(ended.stderr.splitlines()[-10:])
-        raise SystemExit(f"a pair ended with {ended.returncode}:\n{last}")
-    return json.loads(ended.stdout.splitlines()[-1])
+    """Measure a pair in a process of its own, where nothing is warm before the preflight."""
+    printed = run_to_end(["-m", "benchmarks.bench_preflight", "--pair", *words])
+    return json.loads(printed.splitlines()[-1])
 
 
-def say_words(flags: dict, data_dir: Path) -> list[str]:
+def say_run(flags: dict, data_dir: Path) -> list[str]:
     """Return the words for train.py."""
-    words = ["--data_dir", str(data_dir), "--no_assistant_only_loss", "--report_to", "none"]
-    for name, value in flags.items():
-        words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-    return words
+    fixed = ["--data_dir", str(data_dir), "--no_assistant_only_loss", "--report_to", "none"]
+    return fixed + say_flags(flags)
 
 
 def main(argv: list[str]) -> None:
@@ -117,7 +106,7 @@ def main(argv: list[str]) -> None:
     flags = FLAGS[find_device(args.device)] | {"device": args.device}
     with tempfile.TemporaryDirectory() as folder:
         data_dir = args.data_dir or draw_store(Path(folder) / "data", 50_298, 4_000_000)
-        words = say_words(flags, data_dir)
+        words = say_run(flags, data_dir)
         measured = [call_pair(words) for _ in range(args.pairs)]
     for predicted, taken, *_ in measured:
         print(f"predicted {predicted:.1f} s, taken {taken:.1f} s")

@@ -2,10 +2,12 @@
 """Measure what one more process gains and costs; calculate what many GPUs would.
 
   python -m benchmarks.bench_scale                # trains in one process and in two, in turn
+  python -m benchmarks.bench_scale --device cuda  # all GPUs of this machine against one, and FSDP against DDP
   python -m benchmarks.bench_scale --paper        # prints the table of BENCHMARKS.md that is on paper
 
-Measured: `small_test` on random tokens by train.py, started by torchrun, one thread a process, the same rows
-in each step; real tokens per second of the second half of the steps, from train.log. The losses of both sides
+Measured: `small_test` on random tokens by train.py, started by torchrun, one thread a process; on GPUs 124M
+in bf16, started by accelerate with the files in configs/accelerate. A step has the same rows on both sides.
+Counted are real tokens per second of the second half of the steps, from train.log; the losses of both sides
 are compared. With two idle cores two processes could be twice as fast as one; what is missing is the exchange
 of the gradients, waiting for the slower one, and what the two take from one another (caches, memory).
 
@@ -17,20 +19,36 @@ Yuan 2009).
 import argparse
 import os
 import re
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from benchmarks.bench_train import draw_store
 from benchmarks.record import summarise_pairs, write_result
+from benchmarks.turns import run_to_end, say_flags
+from firstwords.args import run_main
+from firstwords.errors import BadFlag
+from firstwords.model import find_device
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import BYTE_LEVEL, Tokenizer
 
 ROOT = Path(__file__).parent.parent
-SEQ_LEN, ROWS, GRAD_ACCUM, STEPS = 256, 2, 4, 16
+STEPS = 16
+PACE = {"max_steps": STEPS, "log_steps": STEPS // 2, "save_steps": STEPS, "eval_steps": 0}
+# Of train.py. --grad_accum counts over all processes: a step has the same rows in one as in several.
+FLAGS = {
+    **{"cfg": "small_test", "device": "cpu", "seq_len": 256, "batch_size": 2, "grad_accum": 4, "lr": 1e-3},
+    **PACE,
+}
+GPU_FLAGS = {
+    **{"cfg": "baseline_124m", "device": "cuda", "seq_len": 1024, "batch_size": 16, "bf16": True},
+    **PACE,
+}
+# How far the losses may lie apart: four decimals are logged; bfloat16 rounds sums that differ in their order.
+SPREADS = {"cpu": 2e-4, "cuda": 5e-2}
 LINE = re.compile(r"^step (\d+)/\d+  loss ([\d.]+) .*  tok/s ([\d,]+) ", re.M)
 
 
@@ -42,55 +60,72 @@ def write_store(folder: Path) -> Path:
     folder.mkdir()
     Tokenizer(BYTE_LEVEL, [bytes([value]) for value in range(256)]).save(folder, chat_template=CHAT_TEMPLATE)
     pick = np.random.default_rng(0)
-    for name, count in (("train", 1 << 18), ("val", SEQ_LEN)):
+    for name, count in (("train", 1 << 18), ("val", FLAGS["seq_len"])):
         pick.integers(0, 256, count).astype("<u2").tofile(folder / f"{name}.bin")
     return folder
 
 
-def train(data: Path, num_processes: int) -> tuple[float, list[float]]:
+def launch(num_processes: int) -> list[str]:
+    """Return the words that start train.py by torchrun."""
+    return ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+
+
+def accelerate(config: str, num_processes: int) -> list[str]:
+    """Return the words that start train.py by a file of configs/accelerate."""
+    path = ROOT / "configs" / "accelerate" / f"{config}.yaml"
+    words = ["-m", "accelerate.commands.launch", "--config_file", str(path)]
+    return [*words, "--num_processes", str(num_processes)]
+
+
+def train(data: Path, flags: dict, launcher: list[str]) -> tuple[float, list[float]]:
     """Train once; return the tokens per second of the second half, and the loss of both halves."""
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
-        flags = {
-            **{"data_dir": data, "model_dir": run, "cfg": "small_test", "device": "cpu", "seq_len": SEQ_LEN},
-            **{"batch_size": ROWS, "grad_accum": GRAD_ACCUM, "max_steps": STEPS, "log_steps": STEPS // 2},
-            **{"save_steps": STEPS, "eval_steps": 0, "lr": 1e-3},
-        }
-        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), *words, "--no_assistant_only_loss"]
+        words = ["--data_dir", str(data), "--model_dir", str(run), "--no_assistant_only_loss"]
+        words += ["--report_to", "none", *say_flags(flags)]
         alone = os.environ | {"OMP_NUM_THREADS": "1"}
-        subprocess.run(command, check=True, cwd=ROOT, env=alone, capture_output=True)
+        run_to_end([*launcher, str(ROOT / "train.py"), *words], cwd=ROOT, env=alone)
         lines = LINE.findall((run / "train.log").read_text())
     return float(lines[-1][2].replace(",", "")), [float(loss) for _, loss, _ in lines]
 
 
-def measure(pairs: int) -> None:
-    """Train in two processes and in one, in turn, and write the row."""
+def compare(row: str, data: Path, flags: dict, launchers: list[list[str]], pairs: int, **settings) -> None:
+    """Train by two launchers in turn, and write the row."""
     measured, losses = [], []
-    with tempfile.TemporaryDirectory() as folder:
-        data = write_store(Path(folder) / "data")
-        for _ in range(pairs):
-            sides = [train(data, num_processes) for num_processes in (2, 1)]
-            measured.append(tuple(rate for rate, _ in sides))
-            losses += [loss for _, loss in sides]
-    spread = np.ptp(losses, axis=0).max()
-    assert spread < 2e-4, f"the sides did not compute the same: {losses}"  # four decimals are logged
-    result = summarise_pairs(measured)
-    settings = {
-        "cfg": "small_test",
-        "seq_len": SEQ_LEN,
-        "rows_per_step": ROWS * GRAD_ACCUM,
-        "steps": STEPS,
-        "threads_per_process": 1,
-        "processes": [2, 1],
-    }
-    write_result(
-        "scale_cpu_2_processes",
-        {**result, "losses": losses[:2], "loss_spread": round(float(spread), 4)},
-        settings,
-    )
-    print(f"{result['median']:.2f} times ({result['low']:.2f} to {result['high']:.2f})")
+    for _ in range(pairs):
+        sides = [train(data, flags, launcher) for launcher in launchers]
+        measured.append(tuple(rate for rate, _ in sides))
+        losses += [loss for _, loss in sides]
+    spread = float(np.ptp(losses, axis=0).max())
+    assert spread < SPREADS[flags["device"]], f"the sides did not compute the same: {losses}"
+    result = summarise_pairs(measured) | {"losses": losses[:2], "loss_spread": round(spread, 4)}
+    write_result(row, result, flags | settings, flags["device"])
+    print(f"{row}: {result['median']:.2f} times ({result['low']:.2f} to {result['high']:.2f})")
+
+
+def measure_cpu(data: Path, pairs: int) -> None:
+    """Measure two processes against one."""
+    launchers = [launch(2), launch(1)]
+    settings = {"threads_per_process": 1, "processes": [2, 1]}
+    compare("scale_cpu_2_processes", write_store(data), FLAGS, launchers, pairs, **settings)
+
+
+def measure_gpus(data: Path, pairs: int) -> None:
+    """Measure all GPUs of this machine against one, and FSDP against DDP.
+
+    Raises:
+        BadFlag: where there is but one.
+    """
+    count = torch.cuda.device_count()
+    if count < 2:
+        raise BadFlag(
+            f"--device cuda: needs two GPUs or more, and there is {count}; measure on such a machine"
+        )
+    flags = GPU_FLAGS | {"grad_accum": 4 * count}
+    draw_store(data, 50_298, 4_000_000)
+    ddp, fsdp = accelerate("ddp", count), accelerate("fsdp", count)
+    compare("scale_gpu_ddp", data, flags, [ddp, launch(1)], pairs, processes=[count, 1])
+    compare("scale_gpu_fsdp", data, flags, [fsdp, ddp], pairs, processes=[count, count])
 
 
 # --- on paper
@@ -154,19 +189,23 @@ def format_paper() -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: list[str]) -> None:
     """Measure, or print what is on paper."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--paper", action="store_true", help="print the calculated table instead")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.paper:
         print(format_paper())
-    else:
-        measure(args.pairs)
+        return
+    find_device(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        measure = measure_gpus if args.device == "cuda" else measure_cpu
+        measure(Path(folder) / "data", args.pairs)
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -34,10 +34,9 @@ from benchmarks.bench_train import (
     compare,
     describe_rival,
     read_rows,
-    say_words,
     train_ours,
 )
-from benchmarks.turns import TrainerSide, Turns
+from benchmarks.turns import TrainerSide, Turns, say_flags
 from firstwords.args import run_main
 from firstwords.dataset import PackedChats, collate, read_chats
 from firstwords.model import IGNORED, build_model, find_device, has_bf16, quiet_transformers
@@ -135,7 +134,9 @@ def measure(rival_name: str, args) -> None:
     words |= {"bf16": bf16}
     steps = 5 if args.device == "cuda" else 1
     sides = [
-        TrainerSide("benchmarks.bench_sft", say_words(name, **words, batch_size=size, steps=count * steps))
+        TrainerSide(
+            "benchmarks.bench_sft", [name, *say_flags(words | {"batch_size": size, "steps": count * steps})]
+        )
         for name, size, count in (("ours", ROWS, OUR_STEPS), (rival_name, RIVAL_ROWS, STEPS[rival_name]))
     ]
     settings = {

@@ -33,7 +33,7 @@ import transformers
 from transformers import GPT2Config, TrainingArguments
 
 from benchmarks.record import RESULTS, measure_pairs, write_result
-from benchmarks.turns import NanoGPT, TrainerSide, Turns
+from benchmarks.turns import NanoGPT, TrainerSide, Turns, say_flags
 from firstwords import trainer
 from firstwords.args import TrainFlags, run_main
 from firstwords.dataset import collate, open_train, read_chats
@@ -210,15 +210,9 @@ def draw_store(folder: Path, num_words: int, num_tokens: int) -> Path:
     return folder
 
 
-def say_words(name: str, module: str = "", **words) -> list[str]:
-    """Return the words that start a side."""
-    flags = [[f"--{key}"] if value is True else [f"--{key}", str(value)] for key, value in words.items()]
-    return [name, *(word for flag in flags if flag != ["--bf16", "False"] for word in flag)]
-
-
 def start(name: str, **words) -> TrainerSide:
     """Start a side of this module."""
-    return TrainerSide("benchmarks.bench_train", say_words(name, **words))
+    return TrainerSide("benchmarks.bench_train", [name, *say_flags(words)])
 
 
 def measure_chat(row: str, args, *, ours_bf16: bool, rival_bf16: bool) -> None:

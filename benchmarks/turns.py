@@ -143,6 +143,28 @@ class NanoGPT:
         self._process.wait()
 
 
+def say_flags(flags: dict) -> list[str]:
+    """Return flags as words: a value of True stands for itself, one of False is left out."""
+    words = [[f"--{key}"] if value is True else [f"--{key}", str(value)] for key, value in flags.items()]
+    return [word for flag in words if flag[1:] != ["False"] for word in flag]
+
+
+def run_to_end(words: list[str], **options) -> str:
+    """Run Python with these words; return what it printed.
+
+    Args:
+        options: of `subprocess.run`.
+
+    Raises:
+        SystemExit: when it fails, with its last words.
+    """
+    ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, **options)
+    if ended.returncode:
+        last = "\n".join(ended.stderr.splitlines()[-10:])
+        raise SystemExit(f"{' '.join(words[:2])} ended with {ended.returncode}:\n{last}")
+    return ended.stdout
+
+
 def watch_group(group: int) -> subprocess.Popen:
     """Start what kills a group of processes, stopped ones too, when its input ends: with us at the latest.
 

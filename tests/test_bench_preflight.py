@@ -10,15 +10,17 @@ from firstwords.args import check_flags, parse_train_args
 
 
 def test_a_gpu_is_asked_for_a_run_whose_memory_outweighs_the_probe(tmp_path):
-    words = bench_preflight.say_words(bench_preflight.FLAGS["cuda"], tmp_path)
+    words = bench_preflight.say_run(bench_preflight.FLAGS["cuda"], tmp_path)
     flags, _ = parse_train_args([*words, "--model_dir", str(tmp_path / "run")])
     check_flags(flags)
     assert (str(flags.cfg), flags.seq_len, flags.bf16) == ("baseline_124m", 1024, True)
 
 
 def test_why_a_pair_failed_is_shown(tmp_path):
-    with pytest.raises(SystemExit, match=f"(?s)a pair ended with 66:.*{tmp_path}/none"):
-        bench_preflight.call_pair(bench_preflight.say_words({"cfg": "small_test"}, tmp_path / "none"))
+    with pytest.raises(
+        SystemExit, match=f"(?s)-m benchmarks.bench_preflight ended with 66:.*{tmp_path}/none"
+    ):
+        bench_preflight.call_pair(bench_preflight.say_run({"cfg": "small_test"}, tmp_path / "none"))
 
 
 @pytest.mark.slow  # a preflight and a run

@@ -84,7 +84,7 @@ def test_a_paused_trainer_ends_with_its_benchmark(tmp_path, how):
         os.close(end)
 
 
-@pytest.mark.parametrize("name", ["train", "memory", "sft", "loss", "generate", "preflight"])
+@pytest.mark.parametrize("name", ["train", "memory", "sft", "loss", "generate", "preflight", "scale"])
 def test_without_a_gpu_its_figures_are_refused_in_one_line(monkeypatch, capsys, tmp_path, name):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     needed = {"sft": ["--data_dir", str(tmp_path)], "loss": ["--out_dir", str(tmp_path / "out")]}
