@@ -79,17 +79,23 @@ def count_weights(config: GPT2Config) -> Weights:
     )
 
 
+# Averages that an optimizer of Trainer's keeps of each weight where they are not two, without `--optim_args`;
+# Adafactor's are of rows and columns, 1 % of the weights and less.
+AVERAGES = {"sgd": 0, "adafactor": 0, "adagrad": 1, "lion": 1, "rmsprop": 1, "ademamix": 3}
+
+
 def count_state_bytes(config: GPT2Config, optim: str) -> int:
-    """Return the bytes of an optimizer's state: two float32 a weight, but for those known to keep fewer.
+    """Return the bytes of an optimizer's state: float32, two of a weight but where `AVERAGES` knows better.
 
     Args:
         config: of the model.
-        optim: as in `--optim`. Muon keeps one momentum of each hidden matrix; bitsandbytes keeps 8 bits of
-            what is no embedding and no vector.
+        optim: as in `--optim`. Both Muons keep one momentum of each hidden matrix; bitsandbytes keeps 8 bits
+            of what is no embedding and no vector.
     """
     weights = count_weights(config)
-    bytes_per_hidden = 4 if optim in MUONS else 2 if "8bit" in optim else 8
-    return weights.hidden * bytes_per_hidden + (weights.total - weights.hidden) * 8
+    averages = AVERAGES.get(optim.removeprefix("paged_").split("_")[0], 2)
+    per_hidden = 4 if optim in MUONS else averages * (1 if "8bit" in optim else 4)
+    return weights.hidden * per_hidden + (weights.total - weights.hidden) * averages * 4
 
 
 def predict_memory(

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from tiny import BYTES, build_trainer, invent_talks, write_chats, write_config
+from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config
 
 from firstwords.memory import (
@@ -14,7 +16,7 @@ from firstwords.memory import (
     measure_step,
     predict_memory,
 )
-from firstwords.model import GPT2LMHeadModel, cross_entropy, gelu, read_config
+from firstwords.model import GPT2LMHeadModel, build_model, cross_entropy, gelu, read_config
 from firstwords.recompute import LEVELS
 
 MODELS = Path(__file__).parent.parent / "configs" / "models"
@@ -134,6 +136,24 @@ def test_muon_keeps_one_momentum_of_the_matrices_where_adamw_keeps_two():
     config = shape("baseline_355m")
     saved = count_state_bytes(config, "adamw_torch_fused") - count_state_bytes(config, "muon")
     assert saved == 4 * count_weights(config).hidden
+
+
+@pytest.mark.parametrize(
+    "optim",
+    ["adamw_torch_fused", "muon", "normuon", "adamw_bnb_8bit", "sgd", "adafactor", "adagrad"]
+    + ["lion_8bit", "paged_lion_32bit", "rmsprop_bnb_8bit", "ademamix"],
+)
+def test_the_state_is_counted_as_trainer_keeps_it(tmp_path, optim):
+    if optim.endswith("bit"):
+        pytest.importorskip("bitsandbytes")
+    data = write_chats(tmp_path / "chats", invent_talks(9))
+    model = build_model(write_config(tmp_path / "c.json", n_embd=128, n_layer=1), BYTES, seed=0)
+    run = build_trainer(data, tmp_path / "run", model=model, optim=optim, max_steps=1)
+    run.train()
+    kept = tree_leaves(run.optimizer.state_dict())
+    kept_bytes = sum(part.nbytes for part in kept if isinstance(part, torch.Tensor))
+    weights = count_weights(model.config).total
+    assert count_state_bytes(model.config, optim) / weights == pytest.approx(kept_bytes / weights, abs=0.1)
 
 
 def test_with_accumulation_the_gradients_stand_beside_the_activations():
