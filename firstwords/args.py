@@ -179,7 +179,9 @@ class TrainFlags:
     )
     muon_momentum: float = _flag(0.95, "of muon and normuon: the weight of the gradients before")
     lr_scheduler_type: str = _flag("cosine", "cosine, warmup_stable_decay, or any of Trainer's")
-    decay_steps: float = _flag(0.2, "of warmup_stable_decay: steps of decay; below 1 a share")
+    decay_steps: float = _flag(
+        0.2, "steps of decay, of warmup_stable_decay and of a COOLDOWN; below 1 a share"
+    )
     min_lr_ratio: float = _flag(0.0, "where the schedule ends, as a share of --lr")
     tokenizer: str = _flag(None, "for bins without corpus.json: the tokenizer that made them")
     attention: str = _flag(

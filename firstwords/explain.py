@@ -44,7 +44,7 @@ WORDS = {
     "overlong": "What does not fit a row of {seq_len} tokens is left out, or loses its end.",
     "optim": "It turns gradients into a step. AdamW keeps two averages of each weight; muon makes the "
     "directions of a matrix alike in size, normuon its neurons too, and they learn more from a token; "
-    "adamw_bnb_8bit keeps AdamW's averages in a quarter of the memory.",
+    "adamw_bnb_8bit keeps AdamW's averages in 8 bits, but for those of the embeddings.",
     "muon_momentum": "Higher, and a step follows more gradients and later; lower suits small batches. Other "
     "optimizers do not read it.",
     "lr_scheduler_type": "cosine falls in half a wave over the whole run; warmup_stable_decay stays high and "
@@ -55,10 +55,10 @@ WORDS = {
     "tokenizer": "Data of our prep scripts bring their own.",
     "attention": "Conversations in a row never see one another, whichever is taken; they differ in speed.",
     "device": "It is never another one than what was asked for.",
-    "seed": "The same seed, data and flags give the same run, on one machine bit for bit.",
+    "seed": "The same seed, data and flags give the same run on one machine, {sameness}.",
     "on_nan": "Either way no step is taken on it.",
     "max_rollbacks": "When there are more, the fault is not in the data.",
-    "resume": "A run that was stopped and gone on with ends in the same bytes as one that was not.",
+    "resume": "A run that was stopped and gone on with ends as one that was not, {sameness}.",
     "allow_change": "Without it a run goes on with the flags that it was begun with, or not at all.",
     "sample_prompts": "So one sees it learn; without a file the prompts come from the val set.",
     "keep_text": "Where that loss rises, the model forgets what it has read.",
@@ -69,7 +69,7 @@ WORDS = {
     "explain": "This page is its work.",
     "vram_gb": "A run that would take more is refused before it begins, with a setting that would fit.",
     "batch_tokens": "What a step learns from, whatever memory there is.",
-    "recompute": "Less memory for more time; the numbers are the same bits.",
+    "recompute": "Less memory for more time; the numbers stay the same, {sameness}.",
     "debug": "For whoever wants to find where it was raised.",
 }
 
@@ -131,6 +131,7 @@ def gather_facts(flags: TrainFlags, opened: Opened, meta: RunMeta) -> dict:
         "warmup": say_share(flags.warmup_steps, flags),
         "decay": say_share(flags.decay_steps, flags),
         "precision": "in bfloat16" if flags.bf16 else "in float32",
+        "sameness": say_sameness(flags.device),
         "loss_on": "what the assistant says" if flags.assistant_only_loss else "every token",
     }
 
@@ -139,3 +140,8 @@ def say_share(steps: float, flags: TrainFlags) -> str:
     """Return a part of the schedule in words."""
     whole = "the hours" if flags.hours else "all steps"
     return f"{steps:g} steps" if steps >= 1 else f"{steps:.3g} of {whole}"
+
+
+def say_sameness(device: str) -> str:
+    """Return how much alike two runs are that should be: what was tried, and no more."""
+    return "bit for bit" if device == "cpu" else "on a CPU bit for bit; on a GPU it was not tried"

@@ -8,7 +8,7 @@ from tiny import build_flags, invent_talks, run_script, write_chats, write_confi
 
 import train
 from firstwords.args import TrainFlags, find_origins
-from firstwords.explain import WORDS
+from firstwords.explain import WORDS, say_sameness
 
 
 @pytest.fixture
@@ -48,6 +48,12 @@ def test_the_words_are_of_this_run(page):
     assert "This run takes 12 steps" in text
     assert "here of 29,152 weights" in text
     assert "{" not in page
+
+
+def test_nothing_is_said_to_be_the_same_to_the_bit_where_that_was_not_tried(page):
+    assert " ".join(page.split()).count(", bit for bit.") == 3
+    for device in ("cuda", "mps"):
+        assert say_sameness(device) == "on a CPU bit for bit; on a GPU it was not tried"
 
 
 def test_a_flag_beats_the_recipe_in_its_origin_too(tmp_path):
