@@ -32,7 +32,7 @@ import torch
 import transformers
 from transformers import GPT2Config, TrainingArguments
 
-from benchmarks.record import RESULTS, measure_pairs, write_result
+from benchmarks.record import RESULTS, describe_setup, measure_pairs, write_result
 from benchmarks.turns import NanoGPT, TrainerSide, Turns, say_flags
 from firstwords import trainer
 from firstwords.args import TrainFlags, run_main
@@ -235,14 +235,23 @@ def compare(row: str, args, ours, rival, settings: dict) -> dict:
     # A foreign script has to be stopped at its warm-up's end: what it does after that would be timed.
     rival.settle()
     ours.settle()
-    result = measure_pairs(ours.run, rival.run, args.pairs, kept=RESULTS / f"{row}.pairs")
-    losses = {"ours": ours.figures[-1]["loss"], "rival": rival.figures[-1]["loss"]}
+    settings = settings | {"device": args.device, "threads": torch.get_num_threads()}
+    setup = describe_setup(settings, args.device)
+    result = measure_pairs(ours.run, rival.run, args.pairs, kept=RESULTS / f"{row}.pairs", setup=setup)
     if "optim" in rival.figures[-1]:
-        settings = settings | {"rival": settings["rival"] | {"optim": rival.figures[-1]["optim"]}}
-    about = {"losses": losses, "device": args.device, "threads": torch.get_num_threads()}
-    write_result(row, result, settings | about, args.device)
+        settings |= {"rival": settings["rival"] | {"optim": rival.figures[-1]["optim"]}}
+    write_result(row, result | {"losses": read_losses(ours, rival)}, settings, args.device)
     print(f"{row}: {result['median']:.3f} ({result['low']:.3f} to {result['high']:.3f})", flush=True)
     return result
+
+
+def read_losses(ours, rival) -> dict[str, dict[int, float]]:
+    """Return the losses of both sides by the steps done till then.
+
+    Ours goes on from rival to rival: only at equal steps are they to be compared.
+    """
+    sides = {"ours": ours, "rival": rival}
+    return {name: {each["step"]: each["loss"] for each in side.figures} for name, side in sides.items()}
 
 
 def measure_nanogpt(row: str, args, *, bias: bool = False) -> None:

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import psutil
 
+from firstwords.atomic import write_text
+
 RESULTS = Path(__file__).parent / "results"
 TABLE = Path(__file__).parent.parent / "BENCHMARKS.md"
 BEGIN, END = "<!-- table: made by benchmarks/record.py -->", "<!-- end of table -->"
@@ -108,24 +110,39 @@ ROWS = {
 
 
 def measure_pairs(
-    a: Callable[[], float], b: Callable[[], float], pairs: int = 5, *, kept: Path | None = None
+    a: Callable[[], float],
+    b: Callable[[], float],
+    pairs: int = 5,
+    *,
+    kept: Path | None = None,
+    setup: dict | None = None,
 ) -> dict:
     """Run A B A B ... and return every figure and the ratio of each pair.
 
     Args:
         a, b: each runs one side once and returns its figure (larger is better, tokens per second).
         pairs: at least five.
-        kept: a file that holds the pairs measured so far; another run goes on from it. Removed at the end.
+        kept: a file that holds the setup and the pairs measured so far; another run of the same setup goes on
+            from it. Removed at the end.
+        setup: from `describe_setup`.
     """
-    lines = kept.read_text().splitlines() if kept and kept.is_file() else []
-    measured = [tuple(json.loads(line)) for line in lines]
+    measured = read_pairs(kept, setup) if kept and kept.is_file() else []
     while len(measured) < pairs:
         measured.append((a(), b()))
         if kept:
-            kept.write_text("".join(f"{json.dumps(pair)}\n" for pair in measured))
+            write_text(kept, "".join(f"{json.dumps(line)}\n" for line in (setup, *measured)))
     if kept:
         kept.unlink()
     return summarise_pairs(measured)
+
+
+def read_pairs(kept: Path, setup: dict | None) -> list[tuple[float, float]]:
+    """Return the pairs that were measured with this setup; another's are none."""
+    head, *lines = kept.read_text().splitlines()
+    if head != json.dumps(setup):
+        print(f"{kept.name}: was measured elsewhere or with other settings, begun anew", flush=True)
+        return []
+    return [tuple(json.loads(line)) for line in lines]
 
 
 def summarise_pairs(measured: list[tuple[float, float]]) -> dict:

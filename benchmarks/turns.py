@@ -42,7 +42,8 @@ class Turns(TrainerCallback):
             return control
         seconds = time.perf_counter() - self.begin
         figure = {"tokens": self.count(self.first, state.global_step), "seconds": seconds}
-        print(MARK + json.dumps(figure | {"loss": logs["loss"]} | self.about), flush=True)
+        figure |= {"step": state.global_step, "loss": logs["loss"]}
+        print(MARK + json.dumps(figure | self.about), flush=True)
         control.should_training_stop = not sys.stdin.readline()
         self.first, self.begin = state.global_step, time.perf_counter()
         return control
@@ -122,9 +123,11 @@ class NanoGPT:
         os.killpg(self._process.pid, signal.SIGCONT)
         lines = self._read(2 + self.steps)[2:]  # it was stopped in one of the first two
         seconds = sum(float(line.split("time ")[1].split("ms")[0]) for line in lines) / 1000
+        step = 1 + int(lines[-1].removeprefix("iter ").split(":")[0])  # it counts from 0
         loss = float(lines[-1].split("loss ")[1].split(",")[0])
-        self.figures.append({"tokens": self.tokens * self.steps, "seconds": seconds, "loss": loss})
-        return self.tokens * self.steps / seconds
+        tokens = self.tokens * self.steps
+        self.figures.append({"tokens": tokens, "seconds": seconds, "step": step, "loss": loss})
+        return tokens / seconds
 
     def _read(self, steps: int) -> list[str]:
         lines = []

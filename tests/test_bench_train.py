@@ -37,5 +37,9 @@ def test_the_figures_of_a_gpu_are_written_to_the_last(tmp_path, monkeypatch):
     write_config(tmp_path / "baseline_124m.json", n_embd=8, n_positions=16)
     bench_train.main(["--device", "cuda", "--sizes", "124m", "--pairs", "1"])
     rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
+    for rival in ("published", "stock"):
+        losses = rows[f"train_gpu_124m_vs_{rival}"]["losses"]
+        assert list(losses["rival"]) == ["1", "2"]
+        assert losses["ours"].keys() >= losses["rival"].keys()
     assert all(row["machine"].startswith("a GPU; ") for row in rows.values())
     assert set(rows) == {f"train_gpu_124m_{row}" for row in ("vs_published", "vs_stock", "share")}

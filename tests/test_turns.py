@@ -29,7 +29,7 @@ NANOGPT = """
 import subprocess, sys
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 while True:
-    print("iter 1: loss 4.25, time 500.00ms", flush=True)
+    print("iter 7: loss 4.25, time 500.00ms", flush=True)
 """
 # A benchmark that has paused its side, and waits to be killed.
 BENCHMARK = """
@@ -37,7 +37,7 @@ import sys
 from pathlib import Path
 from benchmarks.turns import NanoGPT
 side = NanoGPT(Path(sys.argv[1]), [], tokens=10, steps=2, warm_up=1)
-print(side.run(), side.figures[0]["loss"], side._process.pid, flush=True)
+print(side.run(), side.figures[0]["loss"], side.figures[0]["step"], side._process.pid, flush=True)
 input()
 side.close()
 """
@@ -70,8 +70,8 @@ def test_a_paused_trainer_ends_with_its_benchmark(tmp_path, how):
     (tmp_path / "train.py").write_text(NANOGPT)
     words = [sys.executable, "-c", BENCHMARK, str(tmp_path)]
     bench = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    rate, loss, group = bench.stdout.readline().split()
-    assert (float(rate), float(loss)) == (20.0, 4.25)
+    rate, loss, step, group = bench.stdout.readline().split()
+    assert (float(rate), float(loss), step) == (20.0, 4.25, "8")
     group = list_group(int(group))
     assert len(group) == 2
     ends = [os.pidfd_open(number) for number in group]
