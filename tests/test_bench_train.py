@@ -17,6 +17,19 @@ def test_a_store_of_as_many_words_as_gpt2_has_is_drawn(tmp_path):
     assert blocks.rows_per_epoch >= 3
 
 
+RIVALS = ("vs_published", "vs_stock", "vs_nanogpt")
+# A foreign trainer that knows the vocabulary, and where the tokens are.
+NANOGPT = """
+import itertools, pickle, sys
+from pathlib import Path
+flags = dict(word.removeprefix("--").split("=") for word in sys.argv[1:])
+assert pickle.loads((Path(flags["dataset"]) / "meta.pkl").read_bytes()) == {"vocab_size": 50_304}
+assert (Path(flags["dataset"]) / "train.bin").is_file()
+for step in itertools.count():
+    print(f"iter {step}: loss 4.2500, time 500.00ms, mfu 1.00%", flush=True)
+"""
+
+
 @pytest.mark.slow  # three trainers, each a process of its own
 def test_the_figures_of_a_gpu_are_written_to_the_last(tmp_path, monkeypatch):
     shrunk = {"device": "cpu", "seq_len": 16, "batch_size": 1, "grad_accum": 1, "steps": 1}
@@ -35,11 +48,12 @@ def test_the_figures_of_a_gpu_are_written_to_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_train, "RESULTS", tmp_path / "results")
     (tmp_path / "results").mkdir()
     write_config(tmp_path / "baseline_124m.json", n_embd=8, n_positions=16)
-    bench_train.main(["--device", "cuda", "--sizes", "124m", "--pairs", "1"])
+    (tmp_path / "train.py").write_text(NANOGPT)
+    bench_train.main(["--device", "cuda", "--sizes", "124m", "--pairs", "1", "--nanogpt", str(tmp_path)])
     rows = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "results").iterdir()}
-    for rival in ("published", "stock"):
-        losses = rows[f"train_gpu_124m_vs_{rival}"]["losses"]
+    for rival in RIVALS[:2]:
+        losses = rows[f"train_gpu_124m_{rival}"]["losses"]
         assert list(losses["rival"]) == ["1", "2"]
         assert losses["ours"].keys() >= losses["rival"].keys()
     assert all(row["machine"].startswith("a GPU; ") for row in rows.values())
-    assert set(rows) == {f"train_gpu_124m_{row}" for row in ("vs_published", "vs_stock", "share")}
+    assert set(rows) == {f"train_gpu_124m_{row}" for row in (*RIVALS, "share")}
