@@ -234,9 +234,9 @@ def format_table() -> str:
             lines.append(f"| {row} | {goal} | not measured | | | |")
             continue
         result = json.loads(path.read_text(encoding="utf-8"))
-        spread = f"{result['low']:.3g} to {result['high']:.3g}" if "low" in result else ""
+        spread = f"{result['low']:.4g} to {result['high']:.4g}" if "low" in result else ""
         lines.append(
-            f"| {row} | {goal} | {result['median']:.3g} | {spread} | {result['date']} | {result['machine']} |"
+            f"| {row} | {goal} | {result['median']:.4g} | {spread} | {result['date']} | {result['machine']} |"
         )
     return "\n".join(lines)
 

@@ -33,7 +33,7 @@ def test_the_recipe_of_shakespeare_from_a_text_to_a_loss(tmp_path):
     measured = json.loads((tmp_path / "run" / "evaluation.json").read_text())["val_loss"]
     assert measured == pytest.approx(in_training, abs=1e-5)
     assert measured < math.log(30), "less than nothing learned"
-    assert read_manifest(tmp_path / "run")["flags"]["optim"] == "muon"
+    assert read_manifest(tmp_path / "run")["flags"]["optim"] == "normuon"
 
 
 @pytest.mark.parametrize("name", bench_loss.CASES)
