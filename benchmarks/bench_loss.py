@@ -40,8 +40,9 @@ PYDOCS_TEXT = "--recipe configs/recipes/pydocs_text.yaml"
 # llm.c's run_gpt2_124M.sh, 700 steps in 18,865.
 NANOGPT_SMALL = "--lr 1e-3 --min_lr_ratio 0.1 --adam_beta2 0.99 --warmup_steps 0.05"
 NANOGPT_124M = "--lr 6e-4 --min_lr_ratio 0.1 --adam_beta2 0.95 --warmup_steps 0.037"
-# Searched for cpu_shape; a case for which nobody has searched has no such arm.
+# Searched for each case; one for which nobody has searched has no such arm.
 ADAMW = "--lr 6.15e-3 --lr_scheduler_type linear --warmup_steps 0.23 --adam_beta1 0.8 --adam_beta2 0.99"
+ADAMW_PYDOCS = "--lr 2.86e-3 --lr_scheduler_type linear --warmup_steps 0.286"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ CASES = {
         "--cfg small_test --seq_len 256 --batch_size 8",
         160,
         (0.25, 0.5, 0.75),
-        {"ours": PYDOCS_TEXT, "nanogpt": NANOGPT_SMALL},
+        {"ours": PYDOCS_TEXT, "nanogpt": NANOGPT_SMALL, "adamw": ADAMW_PYDOCS},
     ),
     "gpu_shape": Case(
         "cuda",
