@@ -113,8 +113,10 @@ class NorMuonAdamW(MuonAdamW):
 
     def _advance_state(self, parameter: Tensor) -> tuple[Tensor, ...]:
         """Return the momentum, and the average square of each neuron's steps, (1, out)."""
-        squares = self.state[parameter].setdefault("squares", torch.zeros_like(parameter[:1]))
-        return (*super()._advance_state(parameter), squares)
+        state = self.state[parameter]
+        if "squares" not in state:
+            state["squares"] = torch.zeros_like(parameter[:1])
+        return (*super()._advance_state(parameter), state["squares"])
 
     def _find_steps(self, momenta: Sequence[Tensor], squares: Sequence[Tensor]) -> Tensor:
         """Return the steps of N matrices of a shape, (N, in, out), and bring their squares up to date."""

@@ -44,9 +44,12 @@ def test_the_slope_alone_is_kept():
     assert [tensor.numel() for tensor in kept] == [x.numel()]
 
 
-def test_without_a_gradient_and_in_16_bits_it_is_torchs_own():
+def test_out_of_training_and_in_16_bits_it_is_torchs_own():
     x = draw(8, 16)
     assert torch.equal(Gelu()(x), torch_gelu(x))
+    with_gradient = x.clone().requires_grad_()
+    assert torch.equal(Gelu().eval()(with_gradient), torch_gelu(x))
+    assert not torch.equal(Gelu()(with_gradient), torch_gelu(x)), "or nothing was shown"
     half = x.bfloat16().requires_grad_()
     assert torch.equal(Gelu()(half), torch_gelu(half))
     assert type(Gelu()(half).grad_fn) is type(torch_gelu(half).grad_fn)

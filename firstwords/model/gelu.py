@@ -26,11 +26,12 @@ _AT_ONCE = 1 << 17
 
 
 class Gelu(torch.nn.Module):
-    """`gelu_pytorch_tanh` of transformers, to the last digits of float32."""
+    """`gelu_pytorch_tanh` of transformers, in training to the last digits of float32, else to the bit."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return the activation, in the shape of `x`."""
-        if x.requires_grad and x.device.type == "cpu" and x.dtype == torch.float32 and not _is_traced():
+        is_own = x.device.type == "cpu" and x.dtype == torch.float32 and not _is_traced()
+        if is_own and self.training and x.requires_grad:
             return _Gelu.apply(x)
         return functional.gelu(x, approximate="tanh")
 
