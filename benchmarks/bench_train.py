@@ -22,7 +22,6 @@ import argparse
 import json
 import pickle
 import tempfile
-import time
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +37,7 @@ from firstwords import trainer
 from firstwords.args import TrainFlags, run_main
 from firstwords.dataset import collate, open_train, read_chats
 from firstwords.model import IGNORED, build_model, find_device, has_bf16, quiet_transformers, read_config
+from firstwords.monitor import measure_matmul_rate
 from firstwords.template import CHAT_TEMPLATE
 from firstwords.tokenizer import CHARACTERS, Tokenizer, load_tokenizer
 from firstwords.tokenstore import FORMAT, TokenStoreWriter
@@ -300,7 +300,8 @@ def measure_gpu(size: str, args) -> None:
     cfg, rows = CONFIGS / f"baseline_{size}.json", GPU_SHAPES[size]
     common = {"cfg": cfg, "seq_len": 1024, "batch_size": rows, "grad_accum": 32 // rows, "steps": GPU_STEPS}
     settings = {"ours": {"torch_compile": True, **_plain(common)}, "rival": _plain(common)}
-    rate = measure_matmul_rate()
+    rate = measure_matmul_rate(torch.device("cuda"), bf16=True)
+    torch.cuda.empty_cache()  # its matrices are not to stand beside the sides
     with tempfile.TemporaryDirectory() as folder:
         data = draw_store(Path(folder) / "data", 50_298, 4_000_000)
         words = {**common, "data_dir": data, "device": "cuda", "bf16": True}
@@ -324,21 +325,6 @@ def start_gpu_nanogpt(args, data: Path, folder: str, cfg: Path, rows: int) -> Na
 
 def _plain(words: dict) -> dict:
     return {name: str(value) for name, value in words.items()}
-
-
-def measure_matmul_rate() -> float:
-    """Return operations per second of a product of 8192 x 8192 bf16 matrices: the best of ten."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    seconds = []
-    for _ in range(13):
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        torch.mm(a, b)
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begin)
-    del a, b
-    torch.cuda.empty_cache()
-    return 2 * 8192**3 / min(seconds[3:])
 
 
 def write_share(size: str, ours: TrainerSide, shape: dict, rate: float) -> None:

@@ -41,7 +41,7 @@ def test_the_figures_of_a_gpu_are_written_to_the_last(tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench_train, "start", start_small)
     monkeypatch.setattr(bench_train, "find_device", str)
-    monkeypatch.setattr(bench_train, "measure_matmul_rate", lambda: 1e12)
+    monkeypatch.setattr(bench_train, "measure_matmul_rate", lambda device, bf16: 1e12)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda: "a GPU")
     monkeypatch.setattr(bench_train, "CONFIGS", tmp_path)
     monkeypatch.setattr(record, "RESULTS", tmp_path / "results")
